@@ -1,0 +1,31 @@
+"""Dask arrays between the processes of one host, through a shared, memory-mapped pool.
+
+``protocol="shm"`` on a cluster is all it takes; see `stats` for what moved how.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dask_shm_bridge import config as _config
+
+__version__ = "0.1.0"
+
+_config.register_defaults()
+
+if TYPE_CHECKING:
+    from dask_shm_bridge.plugins import enable
+    from dask_shm_bridge.statistics import stats
+
+_LAZY = {"stats": "dask_shm_bridge.statistics", "enable": "dask_shm_bridge.plugins"}
+
+__all__ = ["__version__", "enable", "stats"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package must stay light: comms, LMDB and plugins come at first use.
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

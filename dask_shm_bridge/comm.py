@@ -1,0 +1,556 @@
+"""The ``shm://`` comm: Dask's TCP comm, whose large frames travel through the shared pool.
+
+On the wire
+-----------
+A message without tickets is exactly TCP's: a 64-bit length, then the frames' prelude and frames.
+Where two peers have agreed to share a pool, the top bit of that length may be set. Then the first
+frame is a msgpack list of ``[place, way, number or size]`` for frames that travel otherwise: their
+place in the message (after that first frame) is empty, and
+
+- way 0: the frame is the extent that this ticket of the receiver's connection names;
+- way 1: the frame follows the message in pieces, each a record of a ticket number (0: inline) and
+  a size, in the order of the message.
+
+Nothing in a message says where bytes lie: a number names a row in the ledger, or nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import msgpack
+import numpy as np
+from distributed.comm.core import Comm, CommClosedError
+from distributed.comm.tcp import (
+    TCP,
+    TLS,
+    BaseTCPBackend,
+    BaseTCPConnector,
+    BaseTCPListener,
+    TCPConnector,
+    TCPListener,
+    TLSConnector,
+    TLSListener,
+)
+from distributed.comm.utils import from_frames, to_frames
+from distributed.protocol.pickle import HIGHEST_PROTOCOL
+from distributed.protocol.utils import pack_frames_prelude, unpack_frames
+from tornado.iostream import IOStream, StreamClosedError
+
+from dask_shm_bridge import config, counters, family, pool
+from dask_shm_bridge.copying import as_bytes
+from dask_shm_bridge.errors import BridgeError, PoolError, PoolUnsupportedError
+
+KEY = "shm-bridge"  # in handshakes and in the context of serializers
+VERSION = 1
+
+T = TypeVar("T")
+
+_LENGTH = struct.Struct("<Q")
+_PIECE = struct.Struct("<QQ")  # ticket number or 0, size
+_FLAG = 1 << 63
+_TICKET, _PIECES = 0, 1
+_UNSPLIT = 1 << 62
+_JOIN_BYTES = 128 * 1024
+_READ_BYTES = 1 << 30  # some TLS libraries count in 32 bits
+_PIECE_BYTES = 64 * 1024 * 1024
+_SMALLEST_PIECE_BYTES = 256 * 1024
+_PATIENCE_S = 1.0  # without progress of pieces, the rest goes inline
+_LARGE_BYTES = 1_000_000  # BatchedSend keeps messages below this
+
+
+class _Link:
+    """What two peers agreed on: a pool, and a connection for each direction."""
+
+    def __init__(self, shared: pool.Pool, outgoing: int) -> None:
+        self.pool = shared
+        self.outgoing = outgoing
+        self.numbers = 0  # of tickets sent
+
+
+class ShmMixin:
+    """The part that TCP and TLS comms over a pool share."""
+
+    _link: _Link | None = None
+    _pool: pool.Pool | None = None
+    _connection: int | None = None  # the row of this comm's receiving direction
+    _farewell: weakref.finalize[[int], Any] | None = None
+    _write_lock: asyncio.Lock | None = None
+    _encrypted = False
+
+    # -------------------------------------------------------------------------- agreement
+
+    def handshake_info(self) -> dict[str, Any]:
+        """Advertise this process's pool, and a connection that tickets may be put under."""
+        info: dict[str, Any] = super().handshake_info()  # type: ignore[misc]
+        shared = self._pool
+        if shared is not None and not shared.closed and self._connection is None:
+            connection = shared.connect()
+            if connection is not None:
+                self._receive_by(shared, connection)
+                info[KEY] = {"version": VERSION, "connection": connection, **shared.identity()}
+        return info
+
+    def handshake_configuration(
+        self, local: dict[str, Any], remote: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Agree on a pool if both sides have the same one on the same kernel."""
+        options: dict[str, Any] = Comm.handshake_configuration(local, remote)
+        ours, theirs = local.get(KEY), remote.get(KEY)
+        if self._agree(ours, theirs):
+            options[KEY] = True
+            # A scheduler's listener asks for pickle protocol 4 and no compression; in memory
+            # that two processes share, out-of-band buffers are what makes a transfer cheap.
+            options["pickle-protocol"] = HIGHEST_PROTOCOL
+            options["compression"] = None
+        else:
+            self._end_connection()
+        return options
+
+    def _agree(self, ours: Any, theirs: Any) -> bool:
+        if not (isinstance(ours, dict) and isinstance(theirs, dict)) or self._pool is None:
+            return False
+        if any(ours.get(key) != theirs.get(key) for key in ("version", "pool", "boot")):
+            return False
+        outgoing = theirs.get("connection")
+        if not isinstance(outgoing, int) or isinstance(outgoing, bool) or outgoing < 1:
+            return False
+        self._link = _Link(self._pool, outgoing)
+        return True
+
+    def _receive_by(self, shared: pool.Pool, connection: int) -> None:
+        self._connection = connection
+        # Once, at the first of: end of the stream, abort, close, failed handshake, this object's
+        # end. Never in the stream's close callback: it may run before messages were read.
+        self._farewell = weakref.finalize(self, shared.disconnect, connection)
+        self._farewell.atexit = False
+
+    def _end_connection(self) -> None:
+        if self._farewell is not None:
+            self._farewell()
+
+    # ------------------------------------------------------------------------------ writing
+
+    async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
+        """Send a message; frames of at least the threshold go through the pool.
+
+        Returns
+        -------
+        int
+            Bytes sent, those in the pool included, and at least 1e6 if there were any:
+            BatchedSend keeps up to 1000 messages that claim less, which would pin the pool.
+        """
+        link = self._link
+        if link is None:
+            nbytes: int = await super().write(  # type: ignore[misc]
+                msg, serializers=serializers, on_error=on_error
+            )
+            counters.count("sent", "inline", nbytes)
+            return nbytes
+        if self._write_lock is None:
+            self._write_lock = asyncio.Lock()
+        async with self._write_lock:  # a message in pieces must stay together
+            return await self._write(link, msg, serializers, on_error)
+
+    async def _write(self, link: _Link, msg: Any, serializers: Any, on_error: str) -> int:
+        if self.stream is None:  # type: ignore[attr-defined]
+            raise CommClosedError()
+        frames = await to_frames(
+            msg,
+            allow_offload=self.allow_offload,  # type: ignore[attr-defined]
+            serializers=serializers,
+            on_error=on_error,
+            context={
+                "sender": self.local_info,  # type: ignore[attr-defined]
+                "recipient": self.remote_info,  # type: ignore[attr-defined]
+                **self.handshake_options,  # type: ignore[attr-defined]
+            },
+            frame_split_size=_UNSPLIT,
+        )
+        sizes = [_nbytes(frame) for frame in frames]
+        threshold = link.pool.settings.threshold_bytes
+        large = [i for i, nbytes in enumerate(sizes) if nbytes >= threshold]
+        if not large or link.pool.closed:
+            return self._send(frames)
+        return await self._write_large(link, frames, sizes, large)
+
+    async def _write_large(
+        self, link: _Link, frames: list[Any], sizes: list[int], large: list[int]
+    ) -> int:
+        wanted = []
+        for index in large:
+            link.numbers += 1
+            wanted.append(pool.Frame(index, link.numbers, frames[index], sizes[index]))
+        region = pool.region()
+        shipment = await _run(link.pool, link.pool.ship, link.outgoing, wanted, region)
+        # From here to the end of _send nothing awaits: the tickets are sent or taken back.
+        try:
+            manifest = [[i, _TICKET, number] for i, number in shipment.tickets.items()]
+            pieces = []
+            for index, cause in shipment.refused.items():
+                if cause == "full" and sizes[index] >= 2 * _SMALLEST_PIECE_BYTES:
+                    pieces.append(index)
+                    manifest.append([index, _PIECES, sizes[index]])
+                else:
+                    counters.fallback(cause)
+            shipped = {entry[0] for entry in manifest}
+            rest = [b"" if i in shipped else frame for i, frame in enumerate(frames)]
+            if not manifest:
+                return self._send(rest)
+            self._send([msgpack.packb(manifest), *rest], flag=True)
+        except BaseException:
+            shipment.undo()
+            raise
+        for nbytes in shipment.copied:
+            counters.count("sent", "copied", nbytes)
+        for nbytes in shipment.referenced:
+            counters.count("sent", "referenced", nbytes)
+        if pieces:
+            await self._write_pieces(link, [frames[i] for i in sorted(pieces)])
+        return max(sum(sizes), _LARGE_BYTES)
+
+    def _send(self, frames: list[Any], flag: bool = False) -> int:
+        """Enqueue a message on the stream, all of it or, if that is closed, nothing."""
+        stream = self.stream  # type: ignore[attr-defined]
+        if stream is None or stream.closed():
+            self._closed = True
+            raise CommClosedError(f"in {self}: the stream is closed")
+        blob, separate = _pack(frames)
+        length = sum(map(len, blob))
+        head = b"".join([_LENGTH.pack(length | _FLAG if flag else length), *blob])
+        total = len(head)
+        try:
+            stream.write(head)
+            for frame in filter(len, separate):
+                total += len(frame)
+                stream.write(frame)
+        except StreamClosedError as error:
+            self._closed = True
+            raise CommClosedError(f"in {self}: {error}") from error
+        except BaseException:
+            self.abort()  # type: ignore[attr-defined]
+            raise
+        counters.count("sent", "inline", total)
+        return total
+
+    async def _write_pieces(self, link: _Link, frames: list[Any]) -> None:
+        """Send frames that no free extent can hold: piece by piece, then what is left inline."""
+        try:
+            for frame in frames:
+                source = as_bytes(frame)
+                if source is None:
+                    source = as_bytes(np.ascontiguousarray(frame))
+                    assert source is not None
+                await self._write_in_pieces(link, source)
+        except BaseException:
+            self.abort()  # type: ignore[attr-defined]
+            raise
+
+    async def _write_in_pieces(self, link: _Link, source: np.ndarray) -> None:  # type: ignore[type-arg]
+        region = pool.region()
+        done, since, pause = 0, time.monotonic(), 0.001
+        while done < source.nbytes:
+            left = source.nbytes - done
+            run = await _run(link.pool, link.pool.largest_free, region, _SMALLEST_PIECE_BYTES)
+            # At least two pieces at a time, so that the reader empties one while we fill another.
+            size = min(left, _PIECE_BYTES, max(run // 2, _SMALLEST_PIECE_BYTES))
+            link.numbers += 1
+            piece = pool.Frame(0, link.numbers, source[done : done + size].data, size)
+            shipment = await _run(link.pool, link.pool.ship, link.outgoing, [piece], region)
+            if shipment.tickets:
+                try:
+                    self._send_raw(_PIECE.pack(piece.number, size))
+                except BaseException:
+                    shipment.undo()
+                    raise
+                done += size
+                counters.count("sent", "pieces", size)
+                since, pause = time.monotonic(), 0.001
+            elif (
+                shipment.refused.get(0) != "full" or time.monotonic() - since > _PATIENCE_S
+            ):
+                counters.fallback(shipment.refused.get(0, "full"))
+                self._send_raw(_PIECE.pack(0, left))
+                self._send_raw(source[done:].data)
+                counters.count("sent", "inline", left)
+                done += left
+            else:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.02)
+
+    def _send_raw(self, data: Any) -> None:
+        stream = self.stream  # type: ignore[attr-defined]
+        if stream is None or stream.closed():
+            raise CommClosedError(f"in {self}: the stream was closed between two pieces")
+        try:
+            stream.write(data)
+        except StreamClosedError as error:
+            raise CommClosedError(f"in {self}: {error}") from error
+
+    # ------------------------------------------------------------------------------ reading
+
+    async def read(self, deserializers: Any = None) -> Any:
+        """Receive a message; frames that came through the pool are views of it."""
+        link = self._link
+        stream = self.stream  # type: ignore[attr-defined]
+        if link is None or stream is None:
+            try:
+                return await super().read(deserializers=deserializers)  # type: ignore[misc]
+            except BaseException:
+                if self.stream is None:  # type: ignore[attr-defined]
+                    self._end_connection()
+                raise
+        try:
+            frames = await self._read_frames(link, stream)
+        except StreamClosedError as error:
+            self.stream = None
+            self._closed = True
+            self._end_connection()
+            raise CommClosedError(f"in {self}: {error}") from error
+        except (BridgeError, ValueError, IndexError, TypeError, AssertionError, struct.error) as error:
+            # A ticket that is not there, or no message of ours: the peer will be asked again.
+            self.abort()  # type: ignore[attr-defined]
+            raise CommClosedError(f"in {self}: {error}") from error
+        except BaseException:
+            self.abort()  # type: ignore[attr-defined]
+            raise
+        try:
+            return await from_frames(
+                frames,
+                deserialize=self.deserialize,  # type: ignore[attr-defined]
+                deserializers=deserializers,
+                allow_offload=self.allow_offload,  # type: ignore[attr-defined]
+            )
+        except EOFError:
+            self.abort()  # type: ignore[attr-defined]
+            raise CommClosedError("aborted stream on truncated data") from None
+
+    async def _read_frames(self, link: _Link, stream: IOStream) -> list[Any]:
+        (length,) = _LENGTH.unpack(await stream.read_bytes(_LENGTH.size))
+        blob = await _read_buffer(stream, length & ~_FLAG)
+        frames, missing = unpack_frames(blob, partial=True)
+        for nbytes in missing:
+            frames.append(await _read_buffer(stream, nbytes))
+        total = _LENGTH.size + len(blob) + sum(missing)
+        counters.count("received", "inline", total)
+        if length & _FLAG:
+            manifest = msgpack.unpackb(frames.pop(0), use_list=True)
+            await self._resolve(link, stream, frames, manifest)
+        return frames
+
+    async def _resolve(
+        self, link: _Link, stream: IOStream, frames: list[Any], manifest: list[Any]
+    ) -> None:
+        """Put what travelled otherwise in its place."""
+        tickets, pieces = {}, {}
+        for place, way, value in manifest:
+            if not 0 <= place < len(frames) or len(frames[place]) or value < 1:
+                raise ValueError(f"the message's frame {place} can't be replaced")
+            (tickets if way == _TICKET else pieces)[place] = value
+        if tickets:
+            numbers = list(tickets.values())
+            received = await _run(link.pool, link.pool.receive, self._connection, numbers)
+            for place, buffer in zip(tickets, received.buffers, strict=True):
+                frames[place] = buffer
+            for nbytes in received.viewed:
+                counters.count("received", "viewed", nbytes)
+            for nbytes in received.copied:
+                counters.count("received", "copied", nbytes)
+        for place in sorted(pieces):
+            frames[place] = await self._read_in_pieces(link, stream, pieces[place])
+
+    async def _read_in_pieces(self, link: _Link, stream: IOStream, nbytes: int) -> memoryview:
+        target = np.empty(nbytes, np.uint8)
+        done = 0
+        while done < nbytes:
+            number, size = _PIECE.unpack(await stream.read_bytes(_PIECE.size))
+            if not 0 < size <= nbytes - done:
+                raise ValueError(f"a piece of {size} bytes where {nbytes - done} are left")
+            part = target[done : done + size]
+            if number:
+                await _run(link.pool, link.pool.take_piece, self._connection, number, part)
+                counters.count("received", "copied", size)
+            else:
+                await _read_into(stream, part.data)
+                counters.count("received", "inline", size)
+            done += size
+        return target.data
+
+    # ------------------------------------------------------------------------------- ending
+
+    def abort(self) -> None:
+        """Close at once; what was sent here and not read is given back."""
+        super().abort()  # type: ignore[misc]
+        self._end_connection()
+
+    def close(self) -> Any:
+        """Close after what was written is flushed; what was not read is given back."""
+        future = super().close()  # type: ignore[misc]  # it has begun, awaited or not
+        self._end_connection()
+        return future
+
+
+async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+    """Run a job on the pool's threads; if nobody waits for it any more, it undoes itself."""
+    try:
+        future = shared.submit(job, *args)
+    except RuntimeError as error:  # the pool was left, or the interpreter shuts down
+        raise CommClosedError(f"the pool was left: {error}") from error
+    try:
+        return await asyncio.wrap_future(future)
+    except BaseException:  # cancelled, or the coroutine was collected
+        future.add_done_callback(_undo)
+        raise
+
+
+def _undo(future: Future[Any]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        undo = getattr(future.result(), "undo", None)
+        if undo is not None:
+            undo()
+
+
+def _nbytes(frame: Any) -> int:
+    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
+
+
+def _flat(frame: Any) -> Any:
+    """Return a frame as something whose length is its size in bytes."""
+    if isinstance(frame, (bytes, bytearray)):
+        return frame
+    array = as_bytes(frame)
+    return memoryview(frame).tobytes() if array is None else array.data
+
+
+def _pack(frames: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Divide a message in what is sent as one buffer, and frames that get buffers of their own.
+
+    A large frame lives on in what is made of it: it must not keep its neighbours alive.
+    """
+    frames = [_flat(frame) for frame in frames]
+    prelude = pack_frames_prelude(frames)
+    total = len(prelude) + sum(map(len, frames))
+    if total < _JOIN_BYTES or (total < 32 << 20 and total // len(frames) < 32 << 10):
+        return [prelude, *frames], []
+    joined = 0
+    while joined < len(frames) and len(frames[joined]) < _JOIN_BYTES // 8:
+        joined += 1
+    return [prelude, *frames[:joined]], frames[joined:]
+
+
+async def _read_buffer(stream: IOStream, nbytes: int) -> memoryview:
+    buffer: memoryview = np.empty(nbytes, np.uint8).data
+    await _read_into(stream, buffer)
+    return buffer
+
+
+async def _read_into(stream: IOStream, buffer: memoryview) -> None:
+    for start in range(0, len(buffer), _READ_BYTES):
+        await stream.read_into(buffer[start : start + _READ_BYTES])
+
+
+class ShmTCP(ShmMixin, TCP):
+    """A TCP connection beside a shared pool."""
+
+
+class ShmTLS(ShmMixin, TLS):
+    """A TLS connection beside a shared pool (only with ``shm-bridge.tls``)."""
+
+    _encrypted = True
+
+
+async def _join(comm: ShmMixin) -> None:
+    """Give a new comm this process's pool, joining it if need be; never an error."""
+    try:
+        settings = config.Settings.from_config()
+        if settings.path is None:
+            return
+        if comm._encrypted and not settings.tls:
+            counters.fallback(
+                "tls",
+                "TLS connections do not use the pool, whose bytes are not encrypted; "
+                "shm-bridge.tls: true allows it",
+                frames=0,
+            )
+            return
+        shared = pool.attached(settings.path)
+        if shared is None:
+            loop = asyncio.get_running_loop()
+            shared = await loop.run_in_executor(None, pool.attach, settings)
+        comm._pool = shared
+    except PoolUnsupportedError as error:
+        counters.fallback("unsupported", str(error), frames=0)
+    except PoolError as error:
+        counters.fallback("no-pool", str(error), frames=0)
+
+
+class ShmConnectorMixin:
+    """Connectors whose comms may share a pool."""
+
+    async def connect(self, address: str, deserialize: bool = True, **kwargs: Any) -> Any:
+        """Connect, and have the pool at hand for the handshake."""
+        comm = await super().connect(  # type: ignore[misc]
+            address, deserialize=deserialize, **kwargs
+        )
+        await _join(comm)
+        return comm
+
+
+class ShmListenerMixin:
+    """Listeners whose comms may share a pool."""
+
+    async def on_connection(self, comm: Any, handshake_overrides: Any = None) -> None:
+        """Have the pool at hand for the handshake."""
+        await _join(comm)
+        await super().on_connection(comm, handshake_overrides)  # type: ignore[misc]
+
+
+class ShmConnector(ShmConnectorMixin, TCPConnector):
+    """Connects to ``shm://`` addresses."""
+
+    prefix = "shm://"
+    comm_class = ShmTCP
+
+
+class ShmListener(ShmListenerMixin, TCPListener):
+    """Listens on ``shm://`` addresses."""
+
+    prefix = "shm://"
+    comm_class = ShmTCP
+
+
+class ShmTLSConnector(ShmConnectorMixin, TLSConnector):
+    """Connects to ``shm+tls://`` addresses."""
+
+    prefix = "shm+tls://"
+    comm_class = ShmTLS
+
+
+class ShmTLSListener(ShmListenerMixin, TLSListener):
+    """Listens on ``shm+tls://`` addresses."""
+
+    prefix = "shm+tls://"
+    comm_class = ShmTLS
+
+
+class ShmBackend(BaseTCPBackend):
+    """``shm://``: TCP for the control, the pool for the bytes."""
+
+    _connector_class: type[BaseTCPConnector] = ShmConnector
+    _listener_class: type[BaseTCPListener] = ShmListener
+
+
+class ShmTLSBackend(BaseTCPBackend):
+    """``shm+tls://``: the same over TLS; needs ``shm-bridge.tls`` to use the pool."""
+
+    _connector_class: type[BaseTCPConnector] = ShmTLSConnector
+    _listener_class: type[BaseTCPListener] = ShmTLSListener
+
+
+family.register()

@@ -1,0 +1,156 @@
+"""The configuration under ``shm-bridge``, read once where it is needed, checked, and typed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+
+from dask_shm_bridge import mapping
+from dask_shm_bridge.errors import PoolError
+from dask_shm_bridge.layout import (
+    DEFAULT_SIZE_BYTES,
+    DEFAULT_SLOT_BYTES,
+    REGION_NAMES,
+    Layout,
+)
+
+DEFAULTS_FILE = Path(__file__).with_name("shm-bridge.yaml")
+
+
+def register_defaults() -> None:
+    """Add this package's defaults to Dask's configuration, beneath what is set already."""
+    defaults = yaml.safe_load(DEFAULTS_FILE.read_text())
+    dask.config.update_defaults(defaults)
+
+
+def get(key: str) -> Any:
+    """Return the value of ``shm-bridge.<key>``."""
+    return dask.config.get(f"shm-bridge.{key}")
+
+
+def _bytes(key: str) -> int | None:
+    value = get(key)
+    if value is None:
+        return None
+    try:
+        return int(parse_bytes(value))
+    except ValueError as error:
+        raise PoolError(f"shm-bridge.{key}: {value!r} is no size ({error})") from None
+
+
+def _seconds(key: str) -> float:
+    value = get(key)
+    try:
+        return float(parse_timedelta(value, default="s"))
+    except (KeyError, TypeError, ValueError):
+        raise PoolError(f"shm-bridge.{key}: {value!r} is no time such as '5s'") from None
+
+
+def layout_asked() -> Layout | None:
+    """Return the layout that the configuration asks for; None where it leaves all open.
+
+    Raises
+    ------
+    PoolError
+        If size, slot size and regions contradict one another.
+    """
+    size, slot, regions = _bytes("pool.size"), _bytes("pool.slot-size"), get("pool.regions")
+    if size is None and slot is None and regions is None:
+        return None
+    if regions is not None:
+        unknown = set(regions) - set(REGION_NAMES)
+        if unknown:
+            raise PoolError(
+                f"shm-bridge.pool.regions: unknown {sorted(unknown)}; there are {REGION_NAMES}"
+            )
+        counts = tuple(int(regions.get(name, 0)) for name in REGION_NAMES)
+        if slot is None:
+            slot = (size // max(1, sum(counts))) if size else DEFAULT_SLOT_BYTES
+        layout = Layout(slot, counts)  # type: ignore[arg-type]
+        if size is not None and layout.size_bytes != size:
+            raise PoolError(
+                f"shm-bridge.pool.size is {size} bytes, but regions and slot-size make "
+                f"{layout}: leave one of the three open"
+            )
+        return layout
+    size = size or DEFAULT_SIZE_BYTES
+    slot = slot or min(DEFAULT_SLOT_BYTES, max(1, size // 16 // 65536) * 65536)
+    count = size // slot
+    if count < 1 or count * slot != size:
+        raise PoolError(
+            f"shm-bridge.pool.size ({size} bytes) is not a whole number of slots of "
+            f"shm-bridge.pool.slot-size ({slot} bytes)"
+        )
+    quarter = count // 4
+    return Layout(slot, (quarter, quarter, count - 2 * quarter))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a process needs to know to attach and use a pool.
+
+    Parameters
+    ----------
+    path : str or None
+        Folder of the pool; None where the pool is turned off.
+    layout : Layout or None
+        The layout asked for; None takes what is there, else the default.
+    threshold_bytes : int
+        Frames of at least this size go through the pool.
+    hold_limit : float
+        Share of the pool that this process may hold.
+    copy_threads : int
+        Threads that copy.
+    tls : bool
+        Whether TLS connections may use the pool.
+    ledger_timeout_s, linger_s : float
+        Seconds.
+    """
+
+    path: str | None
+    layout: Layout | None
+    threshold_bytes: int
+    hold_limit: float
+    copy_threads: int
+    tls: bool
+    ledger_timeout_s: float
+    linger_s: float
+
+    @classmethod
+    def from_config(cls) -> Settings:
+        """Read Dask's configuration.
+
+        Raises
+        ------
+        PoolError
+            If a value can't be used; the message names its key.
+        """
+        path = get("pool.path")
+        if path is None or path is True:
+            path = mapping.default_pool_path()
+        elif path is False:
+            path = None
+        else:
+            path = os.path.abspath(os.path.expanduser(str(path)))
+        hold = get("hold-limit")
+        if not isinstance(hold, (int, float)) or not 0 <= hold <= 1:
+            raise PoolError(f"shm-bridge.hold-limit: {hold!r} is not a share between 0 and 1")
+        threshold = _bytes("threshold")
+        if threshold is None or threshold < 1:
+            raise PoolError(f"shm-bridge.threshold: {threshold!r} is not a size of at least 1")
+        return cls(
+            path=path,
+            layout=layout_asked(),
+            threshold_bytes=threshold,
+            hold_limit=float(hold),
+            copy_threads=int(get("copy-threads") or min(8, max(2, (os.cpu_count() or 2) // 2))),
+            tls=bool(get("tls")),
+            ledger_timeout_s=_seconds("ledger-timeout"),
+            linger_s=_seconds("pool.linger"),
+        )

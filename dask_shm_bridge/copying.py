@@ -1,0 +1,81 @@
+"""Copies into and out of the pool: one pass, off the event loop, in several threads if worth it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_shm_bridge.layout import GRAIN_BYTES
+
+SPLIT_BYTES = 16 * 1024 * 1024  # a thread's share is at least this
+
+
+def as_bytes(frame: Any) -> npt.NDArray[np.uint8] | None:
+    """Return a contiguous buffer as an array of bytes over the same memory; None if it is not."""
+    view = memoryview(frame)
+    if not view.c_contiguous:
+        return None
+    if view.nbytes == 0:
+        return np.empty(0, np.uint8)
+    if view.format != "B" or view.ndim != 1:
+        view = view.cast("B")
+    return np.frombuffer(view, np.uint8)
+
+
+def address_of(frame: Any) -> int | None:
+    """Return where a contiguous buffer's memory starts; None for one that is not contiguous."""
+    array = as_bytes(frame)
+    return None if array is None else int(array.__array_interface__["data"][0])
+
+
+class Copier:
+    """Copies buffers, large ones by several threads.
+
+    Parameters
+    ----------
+    threads : int
+        How many threads may share one copy.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = (
+            ThreadPoolExecutor(threads - 1, thread_name_prefix="shm-bridge-copy")
+            if threads > 1
+            else None
+        )
+
+    def copy(self, target: npt.NDArray[np.uint8], frame: Any) -> None:
+        """Copy a buffer's bytes, in C order, to `target`, which has as many.
+
+        A strided memoryview is read as it lies: one pass, no contiguous copy between.
+        """
+        source: Any = as_bytes(frame)
+        if source is None:
+            source = np.asarray(frame)
+            target = target.view(source.dtype).reshape(source.shape)
+        shares = min(self._threads, source.nbytes // SPLIT_BYTES)
+        if self._pool is None or shares < 2 or len(source) < shares:
+            np.copyto(target, source)
+            return
+        step = -(-len(source) // shares)
+        if source.ndim == 1 and source.itemsize == 1:
+            step = -(-step // GRAIN_BYTES) * GRAIN_BYTES
+        jobs = [
+            self._pool.submit(np.copyto, target[i : i + step], source[i : i + step])
+            for i in range(step, len(source), step)
+        ]
+        try:
+            np.copyto(target[:step], source[:step])
+        finally:
+            wait(jobs)  # nobody writes there any more once this returns, also by raising
+        for job in jobs:
+            job.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)

@@ -1,0 +1,53 @@
+"""What this process moved, and how: plain integers, counted once a frame."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from typing import Any
+
+logger = logging.getLogger("dask_shm_bridge")
+
+SENT = ("copied", "referenced", "pieces", "inline")
+RECEIVED = ("viewed", "copied", "inline")
+
+_lock = threading.Lock()
+_bytes: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
+_frames: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
+_fallbacks: Counter[str] = Counter()
+_said: set[str] = set()
+
+
+def count(direction: str, way: str, nbytes: int, frames: int = 1) -> None:
+    """Add frames and their bytes to a way of travelling (`SENT`, `RECEIVED`)."""
+    with _lock:
+        _bytes[direction][way] += nbytes
+        _frames[direction][way] += frames
+
+
+def fallback(cause: str, message: str | None = None, frames: int = 1) -> None:
+    """Count frames that could not go through the pool; say why, once for each cause."""
+    with _lock:
+        _fallbacks[cause] += frames
+        first = message is not None and cause not in _said
+        if first:
+            _said.add(cause)
+    if first:
+        logger.warning("%s (said once for the cause %r; stats() counts them)", message, cause)
+
+
+def snapshot() -> dict[str, Any]:
+    """Return all counters as plain dictionaries."""
+    with _lock:
+        return {
+            "bytes": {
+                "sent": {way: _bytes["sent"][way] for way in SENT},
+                "received": {way: _bytes["received"][way] for way in RECEIVED},
+            },
+            "frames": {
+                "sent": {way: _frames["sent"][way] for way in SENT},
+                "received": {way: _frames["received"][way] for way in RECEIVED},
+            },
+            "fallbacks": dict(_fallbacks),
+        }

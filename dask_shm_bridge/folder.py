@@ -1,0 +1,316 @@
+"""The folder that processes meet in: how a pool is found, made, joined, left and removed.
+
+::
+
+    <path>/lock                 never removed; every step below happens under it
+    <path>/current              names the pool to join; replaced by an atomic rename
+    <path>/pool-<id>/pool       header and slots
+    <path>/pool-<id>/ledger/    data.mdb
+    <path>/pool-<id>/ledger.lock
+    <path>/pool-<id>/members/   a lock file for each member, named by its id
+
+Each pool has a folder of its own under a name that is never used again, so that nobody can open
+half of one pool and half of the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from dask_shm_bridge import mapping
+from dask_shm_bridge.config import Settings
+from dask_shm_bridge.errors import PoolError, PoolLayoutError, PoolUnsupportedError
+from dask_shm_bridge.layout import HEADER_SIZE, Header, Layout
+from dask_shm_bridge.ledger import Ledger
+
+logger = logging.getLogger("dask_shm_bridge")
+
+_NAME = re.compile(r"pool-([0-9a-f]{32})")
+_LOCK_TIMEOUT_S = 10.0
+_FILL = 0.9  # a pool takes at most this share of its file system
+
+
+@dataclass
+class Attachment:
+    """A process's hold on one pool: what `attach` opened and `leave` closes."""
+
+    path: str
+    name: str
+    header: Header
+    pool_fd: int
+    directory_fd: int
+    ledger_lock_fd: int
+    ledger: Ledger
+    member: int
+    member_lock: mapping.MemberLock
+
+    def leave(self) -> None:
+        """Give back all that this member holds; the last one to leave removes the pool."""
+        with contextlib.suppress(Exception):  # also without the folder's lock: a sweep does it
+            self.ledger.leave([self.member])
+        self.ledger.close()
+        try:
+            with _locked(self.path) as base:
+                self.member_lock.close()
+                members = mapping.open_directory("members", dir_fd=self.directory_fd)
+                try:
+                    _unlink(_member_name(self.member), members)
+                    if not _alive(members):
+                        _remove(self.name, base)
+                finally:
+                    os.close(members)
+        except (OSError, PoolError) as error:
+            logger.debug("the pool in %s was left without its lock: %s", self.path, error)
+        finally:
+            self.member_lock.close()
+            for fd in (self.pool_fd, self.directory_fd, self.ledger_lock_fd):
+                os.close(fd)
+
+    def dead_members(self) -> list[int]:
+        """Return the members in the ledger whose processes are proven dead."""
+        members = mapping.open_directory("members", dir_fd=self.directory_fd)
+        try:
+            return [
+                member.id
+                for member in self.ledger.members()
+                if member.id != self.member
+                and not mapping.is_alive(_member_name(member.id), dir_fd=members)
+            ]
+        finally:
+            os.close(members)
+
+    def sweep(self) -> int:
+        """Take dead members out of the ledger; return how many extents became free."""
+        dead = self.dead_members()
+        if not dead:
+            return 0
+        freed = self.ledger.leave(dead)
+        members = mapping.open_directory("members", dir_fd=self.directory_fd)
+        try:
+            for member in dead:
+                _unlink(_member_name(member), members)
+        finally:
+            os.close(members)
+        logger.info("swept %d dead members from the pool in %s", len(dead), self.path)
+        return freed
+
+
+def attach(settings: Settings, role: str) -> Attachment:
+    """Join the pool in `settings.path`, or make it.
+
+    Raises
+    ------
+    PoolLayoutError
+        If the pool there is in use and has another layout than the one asked for.
+    PoolUnsafeError
+        If the folder or a file in it is not private to this user.
+    PoolError
+        If it can't be had for another reason, which the message names.
+    """
+    if settings.path is None:
+        raise PoolUnsupportedError("the pool is turned off (shm-bridge.pool.path is false)")
+    if not mapping.supported:
+        raise PoolUnsupportedError("there is no shared pool on this platform yet")
+    try:
+        with _locked(settings.path, create=True) as base:
+            name = _current(base)
+            if name is None or not _in_use(name, base):
+                _remove_unused(base)
+                name = _create(settings, base)
+            else:
+                _remove_unused(base, keep=name)
+            return _join(settings, name, base, role)
+    except OSError as error:
+        raise PoolError(
+            f"the pool in {settings.path} can't be had ({error}): make room there, or set "
+            "shm-bridge.pool.path"
+        ) from error
+
+
+@contextmanager
+def _locked(path: str, *, create: bool = False) -> Iterator[int]:
+    """Open the folder and hold its lock; yield the folder's descriptor."""
+    with ExitStack() as stack:
+        if create:
+            with contextlib.suppress(FileExistsError):
+                mapping.create_directory(path)
+        base = mapping.open_directory(path)
+        stack.callback(os.close, base)
+        lock = mapping.open_file("lock", dir_fd=base, create=True)
+        stack.callback(os.close, lock)  # which also unlocks it
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while not mapping.try_lock(lock):
+            if time.monotonic() > deadline:
+                raise PoolError(
+                    f"the lock of {path} was not had in {_LOCK_TIMEOUT_S:g} s: is a process "
+                    "stopped in the middle of joining the pool there?"
+                )
+            time.sleep(0.005)
+        yield base
+
+
+def _current(base: int) -> str | None:
+    try:
+        fd = mapping.open_file("current", dir_fd=base)
+    except FileNotFoundError:
+        return None
+    try:
+        name = os.read(fd, 100).decode("ascii", "replace").strip()
+    finally:
+        os.close(fd)
+    return name if _NAME.fullmatch(name) else None
+
+
+def _in_use(name: str, base: int) -> bool:
+    """Say whether a member of the pool lives, whatever the pool's format."""
+    with ExitStack() as stack:
+        try:
+            directory = mapping.open_directory(name, dir_fd=base)
+            stack.callback(os.close, directory)
+            members = mapping.open_directory("members", dir_fd=directory)
+        except FileNotFoundError:
+            return False
+        stack.callback(os.close, members)
+        return bool(_alive(members))
+
+
+def _alive(members: int) -> list[str]:
+    return [name for name in os.listdir(members) if mapping.is_alive(name, dir_fd=members)]
+
+
+def _create(settings: Settings, base: int) -> str:
+    asked = settings.layout or Layout()
+    room = int(mapping.filesystem_bytes(base) * _FILL)
+    layout = asked.shrunk(room)
+    if layout != asked:
+        logger.warning(
+            "%s is too small for a pool of %s; it gets %s instead. Make it larger (docker run "
+            "--shm-size, mount -o remount,size=), or set shm-bridge.pool.size or .path",
+            settings.path,
+            asked,
+            layout,
+        )
+    header = Header(secrets.token_bytes(16), layout, asked)
+    name = f"pool-{header.pool_id.hex()}"
+    try:
+        mapping.create_directory(name, dir_fd=base)
+        with ExitStack() as stack:
+            directory = mapping.open_directory(name, dir_fd=base)
+            stack.callback(os.close, directory)
+            mapping.create_directory("members", dir_fd=directory)
+            mapping.create_directory("ledger", dir_fd=directory)
+            os.close(mapping.open_file("ledger.lock", dir_fd=directory, exclusive=True))
+            pool = mapping.open_file("pool", dir_fd=directory, exclusive=True)
+            stack.callback(os.close, pool)
+            os.ftruncate(pool, layout.file_bytes)
+            mapping.commit(pool, 0, HEADER_SIZE)
+            os.pwrite(pool, header.pack(), 0)
+            Ledger.create(os.path.join(str(settings.path), name, "ledger"), layout)
+        _publish(name, base)
+    except BaseException:
+        _remove(name, base)
+        raise
+    return name
+
+
+def _publish(name: str, base: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink("current.new", dir_fd=base)
+    fd = mapping.open_file("current.new", dir_fd=base, exclusive=True)
+    try:
+        os.write(fd, name.encode())
+    finally:
+        os.close(fd)
+    os.rename("current.new", "current", src_dir_fd=base, dst_dir_fd=base)
+
+
+def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
+    path = str(settings.path)
+    with ExitStack() as stack:
+        directory = mapping.open_directory(name, dir_fd=base)
+        stack.callback(os.close, directory)
+        pool = mapping.open_file("pool", dir_fd=directory)
+        stack.callback(os.close, pool)
+        header = _read_header(path, name, pool)
+        if settings.layout is not None and settings.layout != header.asked:
+            raise PoolLayoutError(path, str(settings.layout), str(header.asked))
+        lock = mapping.open_file("ledger.lock", dir_fd=directory)
+        stack.callback(os.close, lock)
+        members = mapping.open_directory("members", dir_fd=directory)
+        stack.callback(os.close, members)
+        ledger = Ledger(
+            os.path.join(path, name, "ledger"), lock, header.layout, settings.ledger_timeout_s
+        )
+        stack.callback(ledger.close)
+        member = secrets.randbits(63) | 1
+        member_lock = mapping.MemberLock(_member_name(member), dir_fd=members)
+        stack.callback(member_lock.close)
+        ledger.join(member, os.getpid(), role)
+        stack.pop_all()
+        os.close(members)
+    attachment = Attachment(
+        path, name, header, pool, directory, lock, ledger, member, member_lock
+    )
+    attachment.sweep()
+    return attachment
+
+
+def _read_header(path: str, name: str, pool: int) -> Header:
+    try:
+        header = Header.unpack(os.pread(pool, HEADER_SIZE, 0))
+    except PoolError as error:
+        raise PoolError(f"the pool in {path} is in use, but it is {error}") from None
+    size = os.fstat(pool).st_size
+    if size != header.layout.file_bytes or name != f"pool-{header.pool_id.hex()}":
+        raise PoolError(
+            f"the pool in {path} is damaged: {size} bytes of file for {header.layout}; end the "
+            "processes that use it, or set another shm-bridge.pool.path"
+        )
+    return header
+
+
+def _remove_unused(base: int, keep: str | None = None) -> None:
+    """Remove what dead processes left: pools that no living member uses."""
+    for name in os.listdir(base):
+        if _NAME.fullmatch(name) and name != keep and not _in_use(name, base):
+            _remove(name, base)
+
+
+def _remove(name: str, base: int) -> None:
+    """Remove a pool's folder and, if it is the current one, the pointer to it."""
+    if _current(base) == name:
+        _unlink("current", base)
+    with contextlib.suppress(FileNotFoundError):
+        directory = mapping.open_directory(name, dir_fd=base)
+        try:
+            for sub in ("members", "ledger"):
+                with contextlib.suppress(FileNotFoundError):
+                    fd = mapping.open_directory(sub, dir_fd=directory)
+                    try:
+                        for entry in os.listdir(fd):
+                            _unlink(entry, fd)
+                    finally:
+                        os.close(fd)
+                    os.rmdir(sub, dir_fd=directory)
+            for entry in ("pool", "ledger.lock"):
+                _unlink(entry, directory)
+        finally:
+            os.close(directory)
+        os.rmdir(name, dir_fd=base)
+
+
+def _unlink(name: str, dir_fd: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=dir_fd)
+
+
+def _member_name(member: int) -> str:
+    return f"{member:016x}"

@@ -1,0 +1,31 @@
+"""Platforms without a shared pool: everything says so, and transfers stay on TCP."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from dask_shm_bridge.errors import PoolUnsupportedError
+
+supported = False
+
+
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise PoolUnsupportedError(
+        "there is no shared pool on this platform yet; everything goes over TCP. Set "
+        "shm-bridge.pool.path to false to say so on purpose"
+    )
+
+
+Mapping: Any = _refuse
+MemberLock: Any = _refuse
+boot_id = commit = create_directory = filesystem_bytes = is_alive = _refuse
+open_directory = open_file = try_lock = unlock = _refuse
+
+
+def default_pool_path() -> None:
+    """No place for a pool here."""
+
+
+def shared_bytes(pid: int | None = None) -> int:
+    """No pool, so no pages of one."""
+    return 0

@@ -1,0 +1,567 @@
+"""The pool, as one process uses it: bytes in, tickets out, and the other way round.
+
+Everything that takes a lock, a transaction or a copy runs on threads of this module, never on the
+event loop; the one exception is `Pool.connect`, which a handshake needs at once and which gives
+up after 50 ms. What ends (a view, a connection, a lease that was only needed for a copy) is put on
+a queue, without a lock, and one *keeper* thread gives it back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from dask_shm_bridge import counters, folder, mapping
+from dask_shm_bridge.config import Settings
+from dask_shm_bridge.copying import Copier, address_of
+from dask_shm_bridge.errors import BridgeError, ConnectionGoneError, LedgerError, PoolError
+from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES
+from dask_shm_bridge.ledger import Grant, Part
+from dask_shm_bridge.views import Claim, Views
+
+logger = logging.getLogger("dask_shm_bridge")
+
+T = TypeVar("T")
+
+HANDSHAKE_TIMEOUT_S = 0.05
+_POLL_S = 0.25
+_SWEEP_EVERY_S = 1.0
+_DETACH_AGE_S = 0.5
+
+
+class Frame(NamedTuple):
+    """A frame of a message that should go through the pool.
+
+    `index` is its place in the message, `number` that of its ticket under the connection.
+    """
+
+    index: int
+    number: int
+    buffer: Any
+    nbytes: int
+
+
+class Shipment:
+    """The tickets of one message, until it is sent or given up.
+
+    Attributes
+    ----------
+    tickets : dict of int to int
+        Place in the message to ticket number.
+    refused : dict of int to str
+        Place in the message to the cause why the frame has no ticket.
+    copied, referenced : list of int
+        Bytes of the frames that were copied into the pool, and that were there already.
+    """
+
+    def __init__(self, pool: Pool, connection: int) -> None:
+        self._pool = pool
+        self._connection = connection
+        self.tickets: dict[int, int] = {}
+        self.refused: dict[int, str] = {}
+        self.copied: list[int] = []
+        self.referenced: list[int] = []
+
+    def undo(self) -> None:
+        """Take the tickets back: the message will not be sent."""
+        for number in self.tickets.values():
+            self._pool.events.put(("ticket", (self._connection, number)))
+        self.tickets.clear()
+
+
+class Received:
+    """The buffers of one message's tickets; whoever drops it drops their leases.
+
+    Attributes
+    ----------
+    buffers : list of memoryview
+        In the order of the tickets.
+    viewed, copied : list of int
+        Bytes of those that are views of the pool, and that had to be copied out.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[memoryview] = []
+        self.viewed: list[int] = []
+        self.copied: list[int] = []
+
+    def undo(self) -> None:
+        """Nothing to do: views give their leases back by themselves."""
+        self.buffers.clear()
+
+
+class Pool:
+    """One process's part in a shared pool. Made by `attach`, not directly.
+
+    Parameters
+    ----------
+    attachment : folder.Attachment
+        The files, and this process's row in the ledger.
+    settings : Settings
+        Thresholds and limits.
+    """
+
+    def __init__(self, attachment: folder.Attachment, settings: Settings) -> None:
+        self.settings = settings
+        self.attachment = attachment
+        self.layout = attachment.header.layout
+        self.id = attachment.header.pool_id.hex()
+        self.ledger = attachment.ledger
+        self.member = attachment.member
+        self.pid = os.getpid()
+        self.closed = False
+        self.events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self.views = Views(attachment.pool_fd, self.layout, self.events)
+        self._copier = Copier(settings.copy_threads)
+        self._jobs = ThreadPoolExecutor(4, thread_name_prefix="shm-bridge")
+        self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
+        self._last_sweep = time.monotonic()
+        self._users = 0
+        self._keeper = threading.Thread(
+            target=self._keep, name="shm-bridge-keeper", daemon=True
+        )
+        self._keeper.start()
+
+    # --------------------------------------------------------------------------- from anywhere
+
+    @property
+    def path(self) -> str:
+        """The folder that processes meet in."""
+        return self.attachment.path
+
+    def identity(self) -> dict[str, str]:
+        """Return what two processes that share this pool have in common."""
+        return {"pool": self.id, "boot": mapping.boot_id()}
+
+    def submit(self, job: Callable[..., T], *args: Any) -> Future[T]:
+        """Run a job on this pool's threads."""
+        return self._jobs.submit(job, *args)
+
+    def connect(self) -> int | None:
+        """Make a connection to receive by; None if the ledger was not had in time."""
+        try:
+            connection = self.ledger.connect(self.member, HANDSHAKE_TIMEOUT_S)
+        except BridgeError as error:
+            counters.fallback("ledger", f"a connection can't use the pool: {error}")
+            return None
+        self.events.put(("user", 1))
+        return connection
+
+    def disconnect(self, connection: int) -> None:
+        """Take a connection away, some time soon. Safe in a finalizer."""
+        self.events.put(("connection", connection))
+        self.events.put(("user", -1))
+
+    # ------------------------------------------------------------------------- jobs for threads
+
+    def ship(self, connection: int, frames: Sequence[Frame], region: str) -> Shipment:
+        """Make a ticket for each frame that the pool can take, and put its bytes there.
+
+        A frame that lies in an extent already, unwritten, is only named. No error leaves this
+        method: what can't be placed is listed in `Shipment.refused` with its cause.
+        """
+        shipment = Shipment(self, connection)
+        try:
+            self._ship(shipment, connection, frames, region)
+        except ConnectionGoneError:
+            cause = "connection-gone"
+        except (LedgerError, OSError) as error:
+            cause = "ledger"
+            counters.fallback("ledger", f"frames go inline: {error}", frames=0)
+        else:
+            return shipment
+        shipment.undo()
+        shipment.refused = {frame.index: cause for frame in frames}
+        shipment.copied.clear()
+        shipment.referenced.clear()
+        return shipment
+
+    def _ship(
+        self, shipment: Shipment, connection: int, frames: Sequence[Frame], region: str
+    ) -> None:
+        parts: dict[int, tuple[Frame, Part]] = {}
+        wanted: dict[int, Frame] = {}
+        for frame in frames:
+            address = address_of(frame.buffer)
+            part = None if address is None else self.views.part(address, frame.nbytes)
+            if part is None:
+                wanted[frame.number] = frame
+            else:
+                parts[frame.number] = (frame, part)
+        grants = self._tickets(shipment, connection, parts, wanted, region)
+        try:
+            for number, grant in grants.items():
+                self._fill(shipment, connection, wanted[number], grant)
+        except BaseException:
+            for number in grants:  # no ticket without its bytes
+                self.events.put(("ticket", (connection, number)))
+            raise
+        finally:
+            for grant in grants.values():
+                self.events.put(("lease", (grant.extent, grant.lease)))
+        for number, frame in wanted.items():
+            if number not in grants:
+                shipment.refused[frame.index] = "full"
+
+    def _tickets(
+        self,
+        shipment: Shipment,
+        connection: int,
+        parts: dict[int, tuple[Frame, Part]],
+        wanted: dict[int, Frame],
+        region: str,
+    ) -> dict[int, Grant]:
+        """Make all tickets in the ledger; return the extents to fill, by ticket number."""
+        references = [(number, part) for number, (_, part) in parts.items()]
+        sizes = [(number, frame.nbytes) for number, frame in wanted.items()]
+        refused, grants = self.ledger.ship(self.member, connection, references, sizes, region)
+        for number, (frame, _) in parts.items():
+            if number in refused:  # it was detached meanwhile
+                wanted[number] = frame
+            else:
+                shipment.tickets[frame.index] = number
+                shipment.referenced.append(frame.nbytes)
+        missing = [(n, frame.nbytes) for n, frame in wanted.items() if n not in grants]
+        if missing and (refused or self._sweep()):
+            with contextlib.suppress(LedgerError):  # what was granted before is still to be filled
+                grants |= self.ledger.ship(self.member, connection, [], missing, region)[1]
+        return grants
+
+    def _fill(self, shipment: Shipment, connection: int, frame: Frame, grant: Grant) -> None:
+        try:
+            self._commit(grant)
+        except OSError as error:
+            self.events.put(("ticket", (connection, frame.number)))
+            shipment.refused[frame.index] = "no-memory"
+            counters.fallback(
+                "no-memory",
+                f"the file system of {self.path} is full ({error}): make it larger, or set "
+                "shm-bridge.pool.size or .path",
+                frames=0,
+            )
+            return
+        self._copier.copy(self.views.bytes_of(grant), frame.buffer)
+        shipment.tickets[frame.index] = frame.number
+        shipment.copied.append(frame.nbytes)
+
+    def receive(self, connection: int, numbers: Sequence[int]) -> Received:
+        """Adopt the tickets of one message.
+
+        Raises
+        ------
+        StaleTicketError, LedgerError
+            If they can't be had; then none was adopted.
+        """
+        received = Received()
+        grants = list(self.ledger.adopt(self.member, connection, numbers))
+        limit = self.settings.hold_limit * self.layout.size_bytes
+        try:
+            while grants:
+                grant = grants[0]
+                view = None
+                if self.views.leased_bytes + grant.nbytes <= limit:
+                    view = self.views.claim(grant)
+                    cause = "overlap"
+                else:
+                    cause = "hold-limit"
+                    self.events.put(("trim", None))
+                if view is not None:
+                    grants.pop(0)
+                    received.viewed.append(grant.nbytes)
+                else:
+                    counters.fallback(cause)
+                    view = self._copy_out(grant)
+                    grants.pop(0)
+                    self.events.put(("lease", (grant.extent, grant.lease)))
+                    received.copied.append(grant.nbytes)
+                received.buffers.append(view)
+        finally:
+            for grant in grants:  # only after an error, such as a lack of memory
+                self.events.put(("lease", (grant.extent, grant.lease)))
+        return received
+
+    def take_piece(self, connection: int, number: int, target: Any) -> None:
+        """Copy a piece of a large frame out of the pool and give its extent back.
+
+        Raises
+        ------
+        StaleTicketError, LedgerError
+            If the ticket is gone, or its size is not that of `target`.
+        """
+        (grant,) = self.ledger.adopt(self.member, connection, [number])
+        try:
+            if grant.nbytes != target.nbytes:
+                raise LedgerError(
+                    f"a piece of {grant.nbytes} bytes came where {target.nbytes} were announced"
+                )
+            self._copier.copy(target, self.views.bytes_of(grant))
+        finally:
+            self.events.put(("lease", (grant.extent, grant.lease)))
+
+    def largest_free(self, region: str, nbytes: int) -> int:
+        """Return the longest free run for `region`, in bytes; 0 if the ledger can't be had."""
+        try:
+            return self.ledger.largest_free(region, nbytes)
+        except LedgerError:
+            return 0
+
+    def usage(self) -> dict[str, Any]:
+        """Return what `dask_shm_bridge.stats` shows under ``"pool"``."""
+        usage = self.ledger.usage()
+        counts, used = usage["counts"], usage["used"]
+        regions = {}
+        for name in REGION_NAMES:
+            first, last = self.layout.window(name)
+            regions[name] = {"size_bytes": last - first, "used_bytes": used[name]}
+        return {
+            "path": self.path,
+            "id": self.id,
+            "size_bytes": self.layout.size_bytes,
+            "used_bytes": sum(used.values()),
+            "regions": regions,
+            "extents": counts["extent"],
+            "leases": counts["lease"],
+            "tickets": counts["ticket"],
+            "connections": counts["connection"],
+            "members": counts["member"],
+        }
+
+    def _copy_out(self, grant: Grant) -> memoryview:
+        target = np.empty(grant.nbytes, np.uint8)
+        self._copier.copy(target, self.views.bytes_of(grant))
+        return target.data
+
+    def _commit(self, grant: Grant) -> None:
+        """Back an extent with pages the first time this process writes there."""
+        first = grant.offset // GRAIN_BYTES
+        last = -(-(grant.offset + grant.nbytes) // GRAIN_BYTES)
+        if 0 in self._committed[first:last]:
+            mapping.commit(
+                self.attachment.pool_fd,
+                HEADER_BYTES + first * GRAIN_BYTES,
+                (last - first) * GRAIN_BYTES,
+            )
+            self._committed[first:last] = b"\1" * (last - first)
+
+    def _sweep(self) -> int:
+        """Look for dead members, at most once a second."""
+        now = time.monotonic()
+        if now - self._last_sweep < _SWEEP_EVERY_S:
+            return 0
+        self._last_sweep = now
+        return self.attachment.sweep()
+
+    # ---------------------------------------------------------------------------- the keeper
+
+    def _keep(self) -> None:
+        """Give back what has ended, until the process leaves the pool."""
+        pending: list[tuple[str, Any]] = []
+        self._pressure: int | None = None
+        self._idle_since: float | None = None
+        self._next_look = 0.0
+        while not self.closed:
+            events = self._wait_for_events(bool(pending))
+            try:
+                ended = [value for kind, value in events if kind == "view"]
+                pending += [("lease", lease) for lease in self.views.ended(ended)]
+                pending += [e for e in events if e[0] in ("lease", "ticket", "connection")]
+                pending = self._give_back(pending)
+                self._users += sum(value for kind, value in events if kind == "user")
+                if any(kind == "trim" for kind, _ in events):
+                    self._trim()
+                self._relieve()
+                for kind, value in events:
+                    if kind == "call":
+                        value()
+                if self._idle(bool(pending)) and _retire(self):
+                    return
+            except Exception:  # the keeper must live as long as its pool
+                logger.exception("the keeper of the pool in %s met an error", self.path)
+
+    def _wait_for_events(self, pending: bool) -> list[tuple[str, Any]]:
+        timeout: float | None = None
+        if pending:
+            timeout = 0.05
+        elif len(self.views) or self._users <= 0:
+            timeout = min(_POLL_S, max(0.01, self.settings.linger_s))
+        try:
+            events = [self.events.get(timeout=timeout)]
+        except Empty:
+            return []
+        while True:
+            try:
+                events.append(self.events.get_nowait())
+            except Empty:
+                return events
+
+    def _give_back(self, pending: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Return what could not be given back yet."""
+        if pending:
+            try:
+                self.ledger.give_back(
+                    leases=[value for kind, value in pending if kind == "lease"],
+                    tickets=[value for kind, value in pending if kind == "ticket"],
+                    connections=[value for kind, value in pending if kind == "connection"],
+                )
+            except LedgerError as error:
+                logger.debug("the ledger was not had to give leases back: %s", error)
+                return pending
+        return []
+
+    def _idle(self, pending: bool) -> bool:
+        """Say whether nothing of this process has been in the pool for the linger time."""
+        if pending or self._users > 0 or len(self.views):
+            self._idle_since = None
+            return False
+        now = time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        return now - self._idle_since >= self.settings.linger_s
+
+    def _detach(self, claim: Claim) -> int:
+        lease = self.views.detach(claim)
+        if lease is None:
+            return 0
+        counters.fallback("detached")
+        self.events.put(("lease", lease))
+        return claim.grant.nbytes
+
+    def _trim(self) -> None:
+        """Detach this process's oldest views, down to three quarters of its hold-limit."""
+        limit = 0.75 * self.settings.hold_limit * self.layout.size_bytes
+        for claim in self.views.oldest():
+            if self.views.leased_bytes <= limit:
+                break
+            self._detach(claim)
+
+    def _relieve(self) -> None:
+        """Detach this process's older views where somebody has wanted their space in vain."""
+        now = time.monotonic()
+        if not len(self.views) or now < self._next_look:
+            return
+        self._next_look = now + _POLL_S
+        with contextlib.suppress(LedgerError):
+            want = self.ledger.pressure()
+            seen, self._pressure = self._pressure, want.number
+            if seen is None or seen == want.number:
+                return
+            windows = self.layout.windows(want.region, want.nbytes)
+            freed = 0
+            for claim in self.views.oldest():
+                inside = any(first <= claim.grant.offset < last for first, last in windows)
+                if inside and now - claim.born >= _DETACH_AGE_S:
+                    freed += self._detach(claim)
+                if freed >= 2 * want.nbytes:
+                    break
+
+    # ------------------------------------------------------------------------------- leaving
+
+    def settle(self, timeout_s: float = 10.0) -> None:
+        """Wait until the keeper has given back what had ended before this call."""
+        for _ in range(2):  # what the first round detaches is given back in the second
+            done = threading.Event()
+            self.events.put(("call", done.set))
+            done.wait(timeout_s)
+
+    def close(self) -> None:
+        """Leave the pool. Arrays that are alive stay readable in this process."""
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
+        self.events.put(("stop", None))
+        if threading.current_thread() is not self._keeper:
+            self._keeper.join(10)
+        self._jobs.shutdown(wait=True, cancel_futures=True)
+        self._copier.close()
+        self.attachment.leave()
+
+
+_pools: dict[str, Pool] = {}
+_registry = threading.RLock()
+
+
+def attach(settings: Settings | None = None) -> Pool:
+    """Return this process's pool, joining or making it if needed.
+
+    Parameters
+    ----------
+    settings : Settings, optional
+        Default: from Dask's configuration.
+
+    Raises
+    ------
+    PoolError
+        If there is none to be had; the message says why and what to do.
+    """
+    settings = settings or Settings.from_config()
+    key = settings.path or ""
+    with _registry:
+        pool = _pools.get(key)
+        if pool is None or pool.closed:
+            pool = _pools[key] = Pool(folder.attach(settings, role()), settings)
+        return pool
+
+
+def attached(path: str | None = None) -> Pool | None:
+    """Return this process's pool in `path` (default: the configured one), if it has joined."""
+    if path is None:
+        try:
+            path = Settings.from_config().path
+        except PoolError:
+            return None
+    pool = _pools.get(path or "")
+    return None if pool is None or pool.closed else pool
+
+
+def detach_all() -> None:
+    """Leave every pool this process has joined. Arrays that are alive stay readable."""
+    with _registry:
+        pools = list(_pools.values())
+        _pools.clear()
+    for pool in pools:
+        pool.close()
+
+
+def role() -> str:
+    """Return ``worker`` in a process that has a Dask worker, else ``client``."""
+    module = sys.modules.get("distributed.worker")
+    return "worker" if module is not None and len(module.Worker._instances) else "client"
+
+
+def region() -> str:
+    """Return the region that this process writes to."""
+    return "output" if role() == "worker" else "input"
+
+
+def _retire(pool: Pool) -> bool:
+    """Leave an unused pool, from its keeper thread; False if somebody came back meanwhile."""
+    with _registry:
+        if not pool.events.empty():
+            return False
+        if _pools.get(pool.path) is pool:
+            del _pools[pool.path]
+        pool.close()
+    return True
+
+
+def _forget_in_child() -> None:
+    """A forked child is no member: it must release nothing of its parent's."""
+    global _registry
+    _registry = threading.RLock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(detach_all)

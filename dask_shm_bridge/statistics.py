@@ -1,0 +1,53 @@
+"""What moved how: the figures of this process, or of a whole cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dask_shm_bridge import counters, pool
+from dask_shm_bridge.errors import BridgeError
+
+
+def stats(client: Any = None) -> Any:
+    """Return what was moved, how, and how full the pool is.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        None for this process alone.
+
+    Returns
+    -------
+    dict
+        Of one process: ``bytes`` and ``frames``, each with ``sent`` (``copied`` into the pool,
+        ``referenced`` there without a copy, ``pieces``, ``inline``) and ``received`` (``viewed``,
+        ``copied`` out, ``inline``); ``fallbacks`` (cause to frames); ``pool`` (its path, id,
+        sizes in bytes and counts of rows; None where this process has not joined one).
+        ``inline`` counts every byte that went over the socket, small messages too.
+        With a client: ``{"client": …, "scheduler": …, "workers": {address: …}}``; for an
+        asynchronous client, an awaitable of it.
+
+    Notes
+    -----
+    Client and scheduler in one process (a ``LocalCluster``) share one set of figures.
+    """
+    if client is None:
+        return local_stats()
+    return client.sync(_cluster_stats, client)
+
+
+def local_stats() -> dict[str, Any]:
+    """Return the figures of this process."""
+    figures = counters.snapshot()
+    joined = pool.attached()
+    try:
+        figures["pool"] = None if joined is None else joined.usage()
+    except BridgeError:  # the ledger is busy, or the pool was left just now
+        figures["pool"] = None
+    return figures
+
+
+async def _cluster_stats(client: Any) -> dict[str, Any]:
+    workers = await client._run(local_stats)
+    scheduler = await client._run_on_scheduler(local_stats)
+    return {"client": local_stats(), "scheduler": scheduler, "workers": workers}

@@ -1,0 +1,231 @@
+"""Views: what a process sees of the extents it holds, and when it stops holding them.
+
+A reader gets a slice of a copy-on-write mapping of the whole pool: writeable, not copied, and
+isolated, since a store reaches only a private copy of its page. Copy-on-write is per mapping, not
+per view, so that two living views of the same bytes must not share one: each claims its range of
+pages in one of at most `MAPPINGS` mappings, and the range stays claimed until the last array over
+it has died and its private pages, if any, are dropped.
+
+A finalizer runs wherever the garbage collector happens to, also inside the locks of this module.
+So it does one thing: it puts a key on a queue that the pool's keeper thread reads.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_shm_bridge import mapping
+from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
+from dask_shm_bridge.ledger import Grant, Part
+
+MAPPINGS = 4
+
+
+class _View(np.ndarray):  # type: ignore[type-arg]
+    """The array at the bottom of everything that lies over one lease.
+
+    Its base must be the mmap object, not an array: NumPy shortens chains of bases, and an array
+    made over this one would refer past it to an array below, so that this one dies too early.
+    """
+
+
+class Claim:
+    """A range of pages of one private mapping, taken by one lease.
+
+    Attributes
+    ----------
+    grant : Grant
+        The lease, and where its bytes lie in the pool.
+    mapping : int
+        Which of the private mappings.
+    leased : bool
+        False once the range was detached: its pages are private and the lease is given back.
+    born : float
+        When it was made, on the monotonic clock.
+    """
+
+    __slots__ = ("_reference", "born", "first", "grant", "last", "leased", "mapping", "number")
+
+    def __init__(self, number: int, grant: Grant, which: int, first: int, last: int) -> None:
+        self.number = number
+        self.grant = grant
+        self.mapping = which
+        self.first = first
+        self.last = last
+        self.leased = True
+        self.born = time.monotonic()
+        self._reference: Any = None
+
+
+class Views:
+    """All views of one process over one pool.
+
+    Parameters
+    ----------
+    fd : int
+        The pool file.
+    layout : Layout
+        How it is divided.
+    events : SimpleQueue
+        Where the number of a claim is put, as ``("view", number)``, when its last array died.
+    """
+
+    def __init__(self, fd: int, layout: Layout, events: SimpleQueue[tuple[str, Any]]) -> None:
+        self._fd = fd
+        self._nbytes = layout.file_bytes
+        self._events = events
+        self._lock = threading.Lock()
+        self._mappings: list[Any] = []
+        self._starts: list[list[int]] = []  # by mapping: first byte of each claim, sorted
+        self._ranges: list[list[Claim]] = []  # the claims, in the same order
+        self._claims: dict[int, Claim] = {}
+        self._number = 0
+        self._shared: Any = None
+
+    @property
+    def shared(self) -> Any:
+        """The shared mapping, which only this package's own code reads and writes through."""
+        if self._shared is None:
+            with self._lock:
+                if self._shared is None:
+                    self._shared = mapping.Mapping(self._fd, self._nbytes, private=False)
+        return self._shared
+
+    def bytes_of(self, grant: Grant) -> npt.NDArray[np.uint8]:
+        """Return an extent's bytes in the shared mapping: stores are seen by everybody."""
+        start = HEADER_BYTES + grant.offset
+        array: npt.NDArray[np.uint8] = self.shared.array[start : start + grant.nbytes]
+        return array
+
+    def claim(self, grant: Grant) -> memoryview | None:
+        """Return a writeable, isolated view of an extent; None where all mappings have it taken.
+
+        The lease is the view's from now on.
+        """
+        # whole grains, so that claims never share a page, however large pages are
+        first = (HEADER_BYTES + grant.offset) // GRAIN_BYTES * GRAIN_BYTES
+        last = -(-(HEADER_BYTES + grant.offset + grant.nbytes) // GRAIN_BYTES) * GRAIN_BYTES
+        with self._lock:
+            for which in range(MAPPINGS):
+                if which == len(self._mappings):
+                    self._mappings.append(mapping.Mapping(self._fd, self._nbytes, private=True))
+                    self._starts.append([])
+                    self._ranges.append([])
+                starts, ranges = self._starts[which], self._ranges[which]
+                place = bisect.bisect_left(starts, first)
+                if place and ranges[place - 1].last > first:
+                    continue
+                if place < len(starts) and starts[place] < last:
+                    continue
+                self._number += 1
+                claim = Claim(self._number, grant, which, first, last)
+                view = np.ndarray.__new__(
+                    _View,
+                    grant.nbytes,
+                    np.uint8,
+                    self._mappings[which].buffer,
+                    HEADER_BYTES + grant.offset,
+                )
+                put, key = self._events.put, ("view", claim.number)
+                claim._reference = weakref.ref(view, lambda _: put(key))
+                starts.insert(place, first)
+                ranges.insert(place, claim)
+                self._claims[claim.number] = claim
+                return view.data
+        return None
+
+    def find(self, address: int, nbytes: int) -> Claim | None:
+        """Return the leased claim that memory at `address` lies in, whole; None if none does."""
+        for which in range(len(self._mappings)):
+            base = self._mappings[which].address
+            if not base <= address < base + self._nbytes:
+                continue
+            offset = address - base
+            with self._lock:
+                place = bisect.bisect_right(self._starts[which], offset)
+                if not place:
+                    return None
+                claim = self._ranges[which][place - 1]
+                start = HEADER_BYTES + claim.grant.offset
+                if claim.leased and start <= offset and offset + nbytes <= start + claim.grant.nbytes:
+                    return claim
+            return None
+        return None
+
+    def part(self, address: int, nbytes: int) -> Part | None:
+        """Return what to name in a ticket so that it means the memory at `address`.
+
+        None unless that memory lies in one leased claim and nobody has written into its pages.
+        """
+        claim = self.find(address, nbytes)
+        if claim is None:
+            return None
+        private = self._mappings[claim.mapping]
+        offset = address - private.address
+        if private.written(offset, nbytes):
+            return None
+        start = offset - HEADER_BYTES - claim.grant.offset + claim.grant.start
+        return Part(claim.grant.extent, claim.grant.lease, start, nbytes)
+
+    def ended(self, numbers: Iterable[int]) -> list[tuple[int, int]]:
+        """Forget claims whose arrays have died; return the leases (extent, lease) to give back.
+
+        Pages that nobody wrote stay mapped and warm: they show whatever the pool holds next.
+        """
+        leases = []
+        for number in numbers:
+            claim = self._claims[number]
+            private = self._mappings[claim.mapping]
+            length = claim.last - claim.first
+            if not claim.leased or private.written(claim.first, length):
+                private.drop(claim.first, length)
+            if claim.leased:
+                leases.append((claim.grant.extent, claim.grant.lease))
+            with self._lock:
+                del self._claims[number]
+                ranges = self._ranges[claim.mapping]
+                place = bisect.bisect_left(self._starts[claim.mapping], claim.first)
+                assert ranges[place] is claim
+                del ranges[place], self._starts[claim.mapping][place]
+        return leases
+
+    def detach(self, claim: Claim) -> tuple[int, int] | None:
+        """Give a living view pages of its own, in place; return the lease to give back.
+
+        None if memory is short or the view has died meanwhile; then nothing changed. Only the
+        thread that calls `ended` may call this: otherwise the range could have been claimed
+        anew, and its next view would see these private pages.
+        """
+        if not claim.leased or claim.number not in self._claims:
+            return None
+        try:
+            self._mappings[claim.mapping].privatise(claim.first, claim.last - claim.first)
+        except OSError:
+            return None
+        with self._lock:
+            claim.leased = False
+        return claim.grant.extent, claim.grant.lease
+
+    def oldest(self) -> list[Claim]:
+        """Return the leased claims, the oldest first."""
+        with self._lock:
+            return [claim for claim in self._claims.values() if claim.leased]
+
+    def __len__(self) -> int:
+        """Count the claims: living views, and dead ones whose pages are not dropped yet."""
+        return len(self._claims)
+
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes of living views that still hold a lease."""
+        with self._lock:
+            return sum(claim.grant.nbytes for claim in self._claims.values() if claim.leased)
