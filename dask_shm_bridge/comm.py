@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
-from distributed.comm.core import Comm, CommClosedError
+from distributed.comm.core import BaseListener, Comm, CommClosedError
 from distributed.comm.tcp import (
     TCP,
     TLS,
@@ -43,12 +43,16 @@ from distributed.protocol.pickle import HIGHEST_PROTOCOL
 from distributed.protocol.utils import pack_frames_prelude, unpack_frames
 from tornado.iostream import IOStream, StreamClosedError
 
-from dask_shm_bridge import config, counters, family, pool
+from dask_shm_bridge import config, counters, family, memory, pool
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.errors import BridgeError, PoolError, PoolUnsupportedError
 
 KEY = "shm-bridge"  # in handshakes and in the context of serializers
 VERSION = 1
+
+# A scheduler's listener asks for pickle protocol 4 and no compression; in memory that two
+# processes share, out-of-band buffers are what makes a transfer cheap.
+AGREED = {KEY: True, "pickle-protocol": HIGHEST_PROTOCOL, "compression": None}
 
 T = TypeVar("T")
 
@@ -74,11 +78,15 @@ class _Link:
         self.numbers = 0  # of tickets sent
 
 
-class ShmMixin:
-    """The part that TCP and TLS comms over a pool share."""
+class ShmMixin(Comm):
+    """The part that TCP and TLS comms over a pool share.
+
+    A subclass of Comm, so that a living TCP comm can be given one of the classes below
+    (`upgrade`): Python wants both to descend from the same class with instance attributes.
+    """
 
     _link: _Link | None = None
-    _pool: pool.Pool | None = None
+    _shared: pool.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
     _connection: int | None = None  # the row of this comm's receiving direction
     _farewell: weakref.finalize[[int], Any] | None = None
     _write_lock: asyncio.Lock | None = None
@@ -89,7 +97,7 @@ class ShmMixin:
     def handshake_info(self) -> dict[str, Any]:
         """Advertise this process's pool, and a connection that tickets may be put under."""
         info: dict[str, Any] = super().handshake_info()  # type: ignore[misc]
-        shared = self._pool
+        shared = self._shared
         if shared is not None and not shared.closed and self._connection is None:
             connection = shared.connect()
             if connection is not None:
@@ -104,24 +112,20 @@ class ShmMixin:
         options: dict[str, Any] = Comm.handshake_configuration(local, remote)
         ours, theirs = local.get(KEY), remote.get(KEY)
         if self._agree(ours, theirs):
-            options[KEY] = True
-            # A scheduler's listener asks for pickle protocol 4 and no compression; in memory
-            # that two processes share, out-of-band buffers are what makes a transfer cheap.
-            options["pickle-protocol"] = HIGHEST_PROTOCOL
-            options["compression"] = None
+            options.update(AGREED)
         else:
             self._end_connection()
         return options
 
     def _agree(self, ours: Any, theirs: Any) -> bool:
-        if not (isinstance(ours, dict) and isinstance(theirs, dict)) or self._pool is None:
+        if not (isinstance(ours, dict) and isinstance(theirs, dict)) or self._shared is None:
             return False
         if any(ours.get(key) != theirs.get(key) for key in ("version", "pool", "boot")):
             return False
         outgoing = theirs.get("connection")
         if not isinstance(outgoing, int) or isinstance(outgoing, bool) or outgoing < 1:
             return False
-        self._link = _Link(self._pool, outgoing)
+        self._link = _Link(self._shared, outgoing)
         return True
 
     def _receive_by(self, shared: pool.Pool, connection: int) -> None:
@@ -134,6 +138,7 @@ class ShmMixin:
     def _end_connection(self) -> None:
         if self._farewell is not None:
             self._farewell()
+            self._connection = None
 
     # ------------------------------------------------------------------------------ writing
 
@@ -297,9 +302,9 @@ class ShmMixin:
 
     async def read(self, deserializers: Any = None) -> Any:
         """Receive a message; frames that came through the pool are views of it."""
-        link = self._link
+        shared, connection = self._shared, self._connection
         stream = self.stream  # type: ignore[attr-defined]
-        if link is None or stream is None:
+        if shared is None or connection is None or stream is None:
             try:
                 return await super().read(deserializers=deserializers)  # type: ignore[misc]
             except BaseException:
@@ -307,7 +312,7 @@ class ShmMixin:
                     self._end_connection()
                 raise
         try:
-            frames = await self._read_frames(link, stream)
+            frames = await self._read_frames(shared, connection, stream)
         except StreamClosedError as error:
             self.stream = None
             self._closed = True
@@ -331,7 +336,9 @@ class ShmMixin:
             self.abort()  # type: ignore[attr-defined]
             raise CommClosedError("aborted stream on truncated data") from None
 
-    async def _read_frames(self, link: _Link, stream: IOStream) -> list[Any]:
+    async def _read_frames(
+        self, shared: pool.Pool, connection: int, stream: IOStream
+    ) -> list[Any]:
         (length,) = _LENGTH.unpack(await stream.read_bytes(_LENGTH.size))
         blob = await _read_buffer(stream, length & ~_FLAG)
         frames, missing = unpack_frames(blob, partial=True)
@@ -341,11 +348,16 @@ class ShmMixin:
         counters.count("received", "inline", total)
         if length & _FLAG:
             manifest = msgpack.unpackb(frames.pop(0), use_list=True)
-            await self._resolve(link, stream, frames, manifest)
+            await self._resolve(shared, connection, stream, frames, manifest)
         return frames
 
     async def _resolve(
-        self, link: _Link, stream: IOStream, frames: list[Any], manifest: list[Any]
+        self,
+        shared: pool.Pool,
+        connection: int,
+        stream: IOStream,
+        frames: list[Any],
+        manifest: list[Any],
     ) -> None:
         """Put what travelled otherwise in its place."""
         tickets, pieces = {}, {}
@@ -355,7 +367,7 @@ class ShmMixin:
             (tickets if way == _TICKET else pieces)[place] = value
         if tickets:
             numbers = list(tickets.values())
-            received = await _run(link.pool, link.pool.receive, self._connection, numbers)
+            received = await _run(shared, shared.receive, connection, numbers)
             for place, buffer in zip(tickets, received.buffers, strict=True):
                 frames[place] = buffer
             for nbytes in received.viewed:
@@ -363,9 +375,11 @@ class ShmMixin:
             for nbytes in received.copied:
                 counters.count("received", "copied", nbytes)
         for place in sorted(pieces):
-            frames[place] = await self._read_in_pieces(link, stream, pieces[place])
+            frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 
-    async def _read_in_pieces(self, link: _Link, stream: IOStream, nbytes: int) -> memoryview:
+    async def _read_in_pieces(
+        self, shared: pool.Pool, connection: int, stream: IOStream, nbytes: int
+    ) -> memoryview:
         target = np.empty(nbytes, np.uint8)
         done = 0
         while done < nbytes:
@@ -374,7 +388,7 @@ class ShmMixin:
                 raise ValueError(f"a piece of {size} bytes where {nbytes - done} are left")
             part = target[done : done + size]
             if number:
-                await _run(link.pool, link.pool.take_piece, self._connection, number, part)
+                await _run(shared, shared.take_piece, connection, number, part)
                 counters.count("received", "copied", size)
             else:
                 await _read_into(stream, part.data)
@@ -465,7 +479,7 @@ class ShmTLS(ShmMixin, TLS):
     _encrypted = True
 
 
-async def _join(comm: ShmMixin) -> None:
+async def join_pool(comm: ShmMixin) -> None:
     """Give a new comm this process's pool, joining it if need be; never an error."""
     try:
         settings = config.Settings.from_config()
@@ -483,7 +497,7 @@ async def _join(comm: ShmMixin) -> None:
         if shared is None:
             loop = asyncio.get_running_loop()
             shared = await loop.run_in_executor(None, pool.attach, settings)
-        comm._pool = shared
+        comm._shared = shared
     except PoolUnsupportedError as error:
         counters.fallback("unsupported", str(error), frames=0)
     except PoolError as error:
@@ -498,16 +512,16 @@ class ShmConnectorMixin:
         comm = await super().connect(  # type: ignore[misc]
             address, deserialize=deserialize, **kwargs
         )
-        await _join(comm)
+        await join_pool(comm)
         return comm
 
 
-class ShmListenerMixin:
+class ShmListenerMixin(BaseListener):
     """Listeners whose comms may share a pool."""
 
     async def on_connection(self, comm: Any, handshake_overrides: Any = None) -> None:
         """Have the pool at hand for the handshake."""
-        await _join(comm)
+        await join_pool(comm)
         await super().on_connection(comm, handshake_overrides)  # type: ignore[misc]
 
 
@@ -553,4 +567,43 @@ class ShmTLSBackend(BaseTCPBackend):
     _listener_class: type[BaseTCPListener] = ShmTLSListener
 
 
+class NegotiatingConnector(ShmConnector):
+    """Connects to ``tcp://`` addresses; the peer may be a stock one."""
+
+    prefix = "tcp://"
+
+
+class NegotiatingListener(ShmListener):
+    """Listens on ``tcp://`` addresses; peers may be stock ones."""
+
+    prefix = "tcp://"
+
+
+class NegotiatingTLSConnector(ShmTLSConnector):
+    """Connects to ``tls://`` addresses; the peer may be a stock one."""
+
+    prefix = "tls://"
+
+
+class NegotiatingTLSListener(ShmTLSListener):
+    """Listens on ``tls://`` addresses; peers may be stock ones."""
+
+    prefix = "tls://"
+
+
+class NegotiatingBackend(BaseTCPBackend):
+    """In the place of ``tcp``: shares a pool with peers that have one."""
+
+    _connector_class: type[BaseTCPConnector] = NegotiatingConnector
+    _listener_class: type[BaseTCPListener] = NegotiatingListener
+
+
+class NegotiatingTLSBackend(BaseTCPBackend):
+    """In the place of ``tls``."""
+
+    _connector_class: type[BaseTCPConnector] = NegotiatingTLSConnector
+    _listener_class: type[BaseTCPListener] = NegotiatingTLSListener
+
+
 family.register()
+memory.install()

@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from dask_shm_bridge import mapping
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import PoolError, PoolLayoutError, PoolUnsupportedError
 from dask_shm_bridge.layout import HEADER_SIZE, Header, Layout
-from dask_shm_bridge.ledger import Ledger
+from dask_shm_bridge.ledger import GUARD, Ledger
 
 logger = logging.getLogger("dask_shm_bridge")
 
@@ -74,6 +74,21 @@ class Attachment:
             for fd in (self.pool_fd, self.directory_fd, self.ledger_lock_fd):
                 os.close(fd)
 
+    def guard(self, leases: Iterable[tuple[int, int]]) -> mapping.GuardLock:
+        """Give a child that is about to be forked leases of its own; close the result after."""
+        member = secrets.randbits(63) | 1
+        members = mapping.open_directory("members", dir_fd=self.directory_fd)
+        try:
+            lock = mapping.GuardLock(_member_name(member, GUARD), dir_fd=members)
+        finally:
+            os.close(members)
+        try:
+            self.ledger.guard(member, os.getpid(), leases)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
     def dead_members(self) -> list[int]:
         """Return the members in the ledger whose processes are proven dead."""
         members = mapping.open_directory("members", dir_fd=self.directory_fd)
@@ -82,7 +97,7 @@ class Attachment:
                 member.id
                 for member in self.ledger.members()
                 if member.id != self.member
-                and not mapping.is_alive(_member_name(member.id), dir_fd=members)
+                and not mapping.is_alive(_member_name(member.id, member.role), dir_fd=members)
             ]
         finally:
             os.close(members)
@@ -97,6 +112,7 @@ class Attachment:
         try:
             for member in dead:
                 _unlink(_member_name(member), members)
+                _unlink(_member_name(member, GUARD), members)
         finally:
             os.close(members)
         logger.info("swept %d dead members from the pool in %s", len(dead), self.path)
@@ -312,5 +328,5 @@ def _unlink(name: str, dir_fd: int) -> None:
         os.unlink(name, dir_fd=dir_fd)
 
 
-def _member_name(member: int) -> str:
-    return f"{member:016x}"
+def _member_name(member: int, role: str = "") -> str:
+    return f"{mapping.GUARD_PREFIX if role == GUARD else ''}{member:016x}"

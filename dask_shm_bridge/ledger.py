@@ -49,6 +49,7 @@ from dask_shm_bridge.layout import REGION_NAMES, Layout, grains
 if TYPE_CHECKING:
     import lmdb
 
+GUARD = "guard"  # the role of a member that holds a forked child's leases
 TABLES = ("meta", "free", "extent", "lease", "connection", "ticket", "member")
 
 _ONE = struct.Struct(">Q")  # big-endian keys sort as numbers do
@@ -158,6 +159,10 @@ class Ledger:
         with self._mutex:
             self._env.close()
 
+    def abandon(self) -> None:
+        """Close a handle inherited by a fork, without the locks, which may be held for ever."""
+        self._env.close()
+
     @contextmanager
     def transaction(self, timeout_s: float | None = None) -> Iterator[lmdb.Transaction]:
         """Open the one kind of transaction there is, under the lock."""
@@ -205,6 +210,16 @@ class Ledger:
             if self._get(txn, "member", _ONE.pack(member)) is not None:
                 raise LedgerError(f"there is a member {member} already")
             self._put(txn, "member", _ONE.pack(member), _MEMBER.pack(pid, 0) + role.encode())
+
+    def guard(self, member: int, pid: int, leases: Iterable[tuple[int, int]]) -> None:
+        """Add a member (role `GUARD`) with a lease of its own beside each of `leases`."""
+        with self.transaction() as txn:
+            self._put(txn, "member", _ONE.pack(member), _MEMBER.pack(pid, 0) + GUARD.encode())
+            for extent, lease in leases:
+                if self._get(txn, "lease", _TWO.pack(extent, lease)) is not None:
+                    self._count(txn, extent, 1)
+                    key = _TWO.pack(extent, self._next(txn))
+                    self._put(txn, "lease", key, _ONE.pack(member))
 
     def leave(self, members: Iterable[int]) -> int:
         """Take members away with all that is theirs; return how many extents became free."""

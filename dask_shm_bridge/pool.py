@@ -128,6 +128,7 @@ class Pool:
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
         self._users = 0
+        self._forked = False
         self._keeper = threading.Thread(
             target=self._keep, name="shm-bridge-keeper", daemon=True
         )
@@ -162,6 +163,14 @@ class Pool:
         """Take a connection away, some time soon. Safe in a finalizer."""
         self.events.put(("connection", connection))
         self.events.put(("user", -1))
+
+    def guard(self) -> mapping.GuardLock | None:
+        """Keep what is viewed now for a child about to be forked; None if nothing is."""
+        leases = [(c.grant.extent, c.grant.lease) for c in self.views.oldest()]
+        if not leases:
+            return None
+        self._forked = True
+        return self.attachment.guard(leases)
 
     # ------------------------------------------------------------------------- jobs for threads
 
@@ -355,7 +364,7 @@ class Pool:
             self._committed[first:last] = b"\1" * (last - first)
 
     def _sweep(self) -> int:
-        """Look for dead members, at most once a second."""
+        """Look for dead members, at most once a second; return how many extents became free."""
         now = time.monotonic()
         if now - self._last_sweep < _SWEEP_EVERY_S:
             return 0
@@ -381,6 +390,8 @@ class Pool:
                 if any(kind == "trim" for kind, _ in events):
                     self._trim()
                 self._relieve()
+                if self._forked or any(kind == "sweep" for kind, _ in events):
+                    self._sweep()
                 for kind, value in events:
                     if kind == "call":
                         value()
@@ -393,7 +404,7 @@ class Pool:
         timeout: float | None = None
         if pending:
             timeout = 0.05
-        elif len(self.views) or self._users <= 0:
+        elif len(self.views) or self._users <= 0 or self._forked:
             timeout = min(_POLL_S, max(0.01, self.settings.linger_s))
         try:
             events = [self.events.get(timeout=timeout)]
@@ -524,6 +535,11 @@ def attached(path: str | None = None) -> Pool | None:
     return None if pool is None or pool.closed else pool
 
 
+def in_use() -> bool:
+    """Say whether this process has joined any pool."""
+    return bool(_pools)
+
+
 def detach_all() -> None:
     """Leave every pool this process has joined. Arrays that are alive stay readable."""
     with _registry:
@@ -555,13 +571,26 @@ def _retire(pool: Pool) -> bool:
     return True
 
 
-def _forget_in_child() -> None:
-    """A forked child is no member: it must release nothing of its parent's."""
+def joined() -> list[Pool]:
+    """Return the pools that this process is a member of."""
+    return [pool for pool in list(_pools.values()) if not pool.closed]
+
+
+def forget() -> None:
+    """Be no member any more, in a forked child: it must release nothing of its parent's."""
     global _registry
     _registry = threading.RLock()
+    for pool in _pools.values():
+        pool.closed = True
+        _inherited.append(pool)  # its mappings must stay, whatever the child still refers to
+        with contextlib.suppress(Exception):
+            pool.ledger.abandon()
     _pools.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+_inherited: list[Pool] = []
 atexit.register(detach_all)
+
+from dask_shm_bridge import fork  # noqa: E402  (it needs what is above)
+
+fork.register()

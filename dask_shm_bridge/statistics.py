@@ -48,6 +48,6 @@ def local_stats() -> dict[str, Any]:
 
 
 async def _cluster_stats(client: Any) -> dict[str, Any]:
-    workers = await client._run(local_stats)
-    scheduler = await client._run_on_scheduler(local_stats)
+    workers = await client.run(local_stats)
+    scheduler = await client.run_on_scheduler(local_stats)
     return {"client": local_stats(), "scheduler": scheduler, "workers": workers}

@@ -220,6 +220,11 @@ class Views:
         with self._lock:
             return [claim for claim in self._claims.values() if claim.leased]
 
+    def privatise_all(self) -> None:
+        """Give all living views pages of their own; for a forked child, which shares no lease."""
+        for claim in self._claims.values():
+            self._mappings[claim.mapping].privatise(claim.first, claim.last - claim.first)
+
     def __len__(self) -> int:
         """Count the claims: living views, and dead ones whose pages are not dropped yet."""
         return len(self._claims)

@@ -9,6 +9,8 @@ import sys
 
 if sys.platform == "linux":
     from dask_shm_bridge.mapping._linux import (
+        GUARD_PREFIX,
+        GuardLock,
         Mapping,
         MemberLock,
         boot_id,
@@ -26,6 +28,8 @@ if sys.platform == "linux":
     )
 else:
     from dask_shm_bridge.mapping._none import (
+        GUARD_PREFIX,
+        GuardLock,
         Mapping,
         MemberLock,
         boot_id,
@@ -43,6 +47,8 @@ else:
     )
 
 __all__ = [
+    "GUARD_PREFIX",
+    "GuardLock",
     "Mapping",
     "MemberLock",
     "boot_id",

@@ -189,11 +189,45 @@ class MemberLock:
             os.close(fd)
 
 
+GUARD_PREFIX = "g"
+
+
+class GuardLock:
+    """The lock by which a forked child proves that it lives, without doing anything itself.
+
+    Parameters
+    ----------
+    name : str
+        Name of the file, new; it starts with `GUARD_PREFIX`.
+    dir_fd : int
+        The pool's folder of members.
+
+    Notes
+    -----
+    A flock, held by the open file and so by every process that inherits its descriptor: here
+    that is wanted. The parent opens it before it forks and closes it afterwards; the lock ends
+    when the last child that inherited it exits, or executes another program (O_CLOEXEC).
+    """
+
+    def __init__(self, name: str, *, dir_fd: int) -> None:
+        self.name = name
+        self._fd = open_file(name, dir_fd=dir_fd, exclusive=True)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Leave the lock to the children."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
 def is_alive(name: str, *, dir_fd: int) -> bool:
     """Say whether a member other than this process lives, by the lock on its file.
 
     Never ask about a member of this process: closing the file would drop its lock.
     """
+    if name.startswith(GUARD_PREFIX):
+        return _is_guarded(name, dir_fd)
     try:
         fd = open_file(name, dir_fd=dir_fd)
     except FileNotFoundError:
@@ -204,6 +238,20 @@ def is_alive(name: str, *, dir_fd: int) -> bool:
         return bool(answer[0] != fcntl.F_UNLCK)
     finally:
         os.close(fd)
+
+
+def _is_guarded(name: str, dir_fd: int) -> bool:
+    try:
+        fd = open_file(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 # ---------------------------------------------------------------------------------- mappings
@@ -235,8 +283,6 @@ class Mapping:
         flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
         # Without MAP_NORESERVE a writeable private mapping counts whole against the commit limit.
         self.buffer = mmap.mmap(fd, nbytes, flags=flags | _MAP_NORESERVE)
-        if not private:
-            self.buffer.madvise(mmap.MADV_DONTFORK)  # a child has no business writing there
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
         self.address: int = self.array.__array_interface__["data"][0]
         self.nbytes = nbytes

@@ -16,6 +16,8 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
+GUARD_PREFIX = "g"
+GuardLock: Any = _refuse
 Mapping: Any = _refuse
 MemberLock: Any = _refuse
 boot_id = commit = create_directory = filesystem_bytes = is_alive = _refuse

@@ -1,0 +1,69 @@
+# Every target that runs Python makes its own virtual environment, .venv-<name>, and makes it again
+# when pyproject.toml has changed. Needs a POSIX system, GNU make and Python 3.11 or newer.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+SHELL := /bin/sh
+.SHELLFLAGS := -ec
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+ENVS := demo test test-oldest lint bench
+
+# What pip installs into .venv-<name>.
+INSTALL_demo := -e '.[demo]'
+INSTALL_test := -e '.[test]'
+INSTALL_test-oldest := -e '.[test]' dask==2026.7.1 distributed==2026.7.1
+INSTALL_lint := -e '.[lint]'
+INSTALL_bench := -e '.[bench]'
+
+# An environment whose Python doesn't start any more (the system's was upgraded) is made again.
+$(foreach env,$(ENVS),$(if $(wildcard .venv-$(env)/stamp),\
+  $(shell .venv-$(env)/bin/python -c '' >/dev/null 2>&1 || rm -f .venv-$(env)/stamp)))
+
+.PHONY: help
+help: ## list the targets (the default)
+	@echo 'make TARGET [PYTHON=python3.12]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: .venv-demo/stamp ## a cluster, arrays that go through the pool, and what it saved
+	@.venv-demo/bin/python -m dask_shm_bridge.demo
+
+.PHONY: test
+test: .venv-test/stamp ## the test suite (PYTEST_ARGS='-k ledger')
+	@.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-oldest
+test-oldest: .venv-test-oldest/stamp ## the same with the oldest Dask that is supported
+	@.venv-test-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: .venv-lint/stamp ## ruff and mypy
+	@.venv-lint/bin/python -m ruff check .
+	@.venv-lint/bin/python -m ruff format --check .
+	@.venv-lint/bin/python -m mypy
+
+.PHONY: bench
+bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)
+	@.venv-bench/bin/python -m dask_shm_bridge.benchmarks $(BENCH_ARGS)
+
+.PHONY: clean
+clean: ## remove the environments, caches and built files
+	@rm -rf $(ENVS:%=.venv-%) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last: an installation that failed or was interrupted starts from nothing.
+.venv-%/stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  found=`$(PYTHON) --version 2>&1` || found='not there'; \
+	  echo "dask-shm-bridge needs Python 3.11 or newer, but $(PYTHON) is $$found." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "making $(@D) (once; takes a minute or two)" >&2
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(INSTALL_$*)
+	@touch $@

@@ -1,0 +1,31 @@
+"""``dask shm …``. Dask loads this at each call of its command, so it imports click alone."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def shm() -> None:
+    """Move arrays between processes of one host through a shared memory pool."""
+
+
+_FORWARD = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> None:
+    """Run the same jobs over the pool, TCP and .npy files, and compare (--help for options)."""
+    from dask_shm_bridge.demo import main
+
+    raise SystemExit(main(list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure transfers of many sizes over the pool, TCP and others (--help for options)."""
+    from dask_shm_bridge.benchmarks.__main__ import main
+
+    raise SystemExit(main(list(arguments)))

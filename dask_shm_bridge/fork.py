@@ -1,0 +1,59 @@
+"""Forks: a child keeps seeing its parent's arrays, and is no member itself.
+
+A child inherits the mappings that its parent's views lie in, but leases belong to members. Without
+more, the parent could give a lease back while the child still reads, and the bytes would change
+under it. So before a fork a *guard* member gets a lease beside each of the parent's; it lives as
+long as a lock that the child inherits, and needs nothing of the child. Where the ledger can't be
+had at that moment, the child gets pages of its own instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from dask_shm_bridge import pool
+
+logger = logging.getLogger("dask_shm_bridge")
+
+_guards: list[Any] = []
+_unguarded: list[pool.Pool] = []
+
+
+def register() -> None:
+    """Have the functions below called around every ``os.fork`` (not around ``exec``)."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+        )
+
+
+def _before() -> None:
+    for joined in pool.joined():
+        try:
+            guard = joined.guard()
+        except Exception as error:
+            logger.debug("a fork without a guard: %s", error)
+            _unguarded.append(joined)
+        else:
+            if guard is not None:
+                _guards.append(guard)
+
+
+def _after_in_parent() -> None:
+    _unguarded.clear()
+    while _guards:
+        _guards.pop().close()
+
+
+def _after_in_child() -> None:
+    for joined in _unguarded:
+        joined.views.privatise_all()
+    _unguarded.clear()
+    _kept.extend(_guards)  # open for as long as this process lives
+    _guards.clear()
+    pool.forget()
+
+
+_kept: list[Any] = []

@@ -1,0 +1,59 @@
+"""Memory accounting: a worker's memory is its resident set less its pool pages.
+
+The kernel counts a page of the pool in the resident set of every process that touched it, once
+for each mapping. Dask pauses, spills and restarts workers by that figure, although no process owns
+these pages and none gets memory back by dropping its data. Both places where Dask reads it are
+here: ``SystemMonitor.get_process_memory`` in the worker and ``NannyMemoryManager.memory_monitor``,
+which reads it from outside. Pages that a task has written are private and do count.
+
+The pool's share is taken from ``RssShmem`` (proc_pid_status(5)), so that other shared memory
+which a process has mapped is left out too, where it uses a pool.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import psutil
+from distributed.system_monitor import SystemMonitor
+from distributed.worker_memory import NannyMemoryManager
+
+from dask_shm_bridge import mapping, pool
+
+_MARK = "_dask_shm_bridge"
+
+
+def install() -> None:
+    """Make Dask leave pool pages out. May be called again."""
+    if not hasattr(SystemMonitor.get_process_memory, _MARK):
+        SystemMonitor.get_process_memory = _of_worker(SystemMonitor.get_process_memory)
+    if not hasattr(NannyMemoryManager.memory_monitor, _MARK):
+        NannyMemoryManager.memory_monitor = _of_nanny(NannyMemoryManager.memory_monitor)
+
+
+def _of_worker(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_process_memory(self: SystemMonitor) -> int:
+        memory: int = original(self)
+        return max(0, memory - mapping.shared_bytes()) if pool.in_use() else memory
+
+    setattr(get_process_memory, _MARK, True)
+    return get_process_memory
+
+
+def _of_nanny(original: Any) -> Any:
+    @functools.wraps(original)
+    def memory_monitor(self: NannyMemoryManager, nanny: Any) -> None:
+        pid = getattr(getattr(nanny.process, "process", None), "pid", None)
+        if pid is not None and self.memory_limit and self.memory_terminate_fraction is not False:
+            try:
+                memory = psutil.Process(pid).memory_info().rss - mapping.shared_bytes(pid)
+            except psutil.Error:
+                return
+            if memory <= self.memory_limit * self.memory_terminate_fraction:
+                return
+        original(self, nanny)
+
+    setattr(memory_monitor, _MARK, True)
+    return memory_monitor

@@ -1,0 +1,127 @@
+"""Plugins, and `enable`, which takes a live cluster into the pool."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import cloudpickle
+from distributed.diagnostics.plugin import NannyPlugin, WorkerPlugin
+
+from scheduler_plugin import ShmSchedulerPlugin
+
+logger = logging.getLogger("dask_shm_bridge")
+
+NAME = "shm-bridge"
+
+
+class ShmWorkerPlugin(WorkerPlugin):
+    """Makes a worker use the pool with every peer that shares it."""
+
+    name = NAME
+    idempotent = True
+
+    async def setup(self, worker: Any) -> None:
+        """Upgrade the worker and its stream to the scheduler."""
+        from dask_shm_bridge import upgrade
+
+        await upgrade.upgrade_worker(worker)
+
+
+class ShmNannyPlugin(NannyPlugin):
+    """Makes a nanny leave pool pages out of its worker's memory."""
+
+    name = f"{NAME}-nanny"
+    idempotent = True
+
+    def setup(self, nanny: Any) -> None:
+        """Replace the nanny's memory monitor."""
+        from dask_shm_bridge import upgrade
+
+        upgrade.upgrade_nanny(nanny)
+
+
+def _tolerant(plugin: type) -> Any:
+    """Return an instance of a plugin that a process without this package passes over."""
+    base = plugin.__mro__[1]
+    module, name = plugin.__module__, plugin.__name__
+
+    def setup(self: Any, server: Any = None, worker: Any = None, nanny: Any = None) -> Any:
+        try:
+            import importlib
+
+            real = getattr(importlib.import_module(module), name)()
+        except ImportError:
+            return None
+        return real.setup(server or worker or nanny)
+
+    members = {"setup": setup, "name": plugin.name, "idempotent": True}  # type: ignore[attr-defined]
+    return type(name, (base,), {**members, "__module__": "__main__"})()
+
+
+def _has_package() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("dask_shm_bridge") is not None
+
+
+def enable(client: Any) -> Any:
+    """Take a running cluster into the pool: scheduler, workers, nannies and this client.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected to a ``tcp://`` or ``tls://`` cluster.
+
+    Returns
+    -------
+    dict
+        ``{"client": bool, "workers": {address: bool}}``: whose stream to the scheduler uses the
+        pool now. For an asynchronous client, an awaitable of it.
+
+    Raises
+    ------
+    BridgeError
+        If the scheduler does not have this package.
+
+    Notes
+    -----
+    Nothing is lost or run twice: open streams are upgraded in place. Processes without the
+    package, on another host, or of another user keep working over TCP. Workers that join later
+    are upgraded when they register. May be called again.
+    """
+    return client.sync(_enable, client)
+
+
+async def _enable(client: Any) -> dict[str, Any]:
+    from dask_shm_bridge import upgrade
+    from dask_shm_bridge.errors import BridgeError
+
+    has_package = cloudpickle.loads(cloudpickle.dumps(_has_package))
+    has_package.__module__ = "__main__"  # by value: the peer may not have this module
+    if not await client.run_on_scheduler(has_package):
+        raise BridgeError(
+            "the scheduler does not have dask-shm-bridge: install it there, in the same "
+            "environment, and call enable() again; until then everything stays on TCP"
+        )
+    await client.register_plugin(ShmSchedulerPlugin())
+    await client.register_plugin(_tolerant(ShmNannyPlugin))
+    await client.register_plugin(_tolerant(ShmWorkerPlugin))
+    done = await upgrade.upgrade_client(client)
+    workers = await client.run(_finish, on_error="return")
+    await client.run_on_scheduler(_finish_scheduler)
+    upgrade.close_idle(client.rpc)
+    return {"client": done, "workers": {k: v is True for k, v in workers.items()}}
+
+
+def _finish(dask_worker: Any = None) -> bool:
+    from dask_shm_bridge import upgrade
+
+    upgrade.close_idle(dask_worker.rpc)
+    return getattr(dask_worker.batched_stream.comm, "_link", None) is not None
+
+
+def _finish_scheduler(dask_scheduler: Any = None) -> None:
+    from dask_shm_bridge import upgrade
+
+    upgrade.close_idle(dask_scheduler.rpc)

@@ -1,0 +1,24 @@
+"""Dask preload: puts the negotiating comm in the place of ``tcp``, at import.
+
+Use as ``dask scheduler --preload dask_shm_bridge.preload``, the same for ``dask worker`` (with
+``--preload-nanny`` for its nanny), or in the configuration: ``distributed.client.preload``.
+Dask imports preloads before it listens, so that nothing else is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distributed import Client, Scheduler
+
+from dask_shm_bridge import upgrade
+
+upgrade.install()
+
+
+async def dask_setup(server: Any) -> None:
+    """Upgrade what was there before: a client's stream; let a scheduler answer such requests."""
+    if isinstance(server, Scheduler):
+        upgrade.upgrade_scheduler(server)
+    elif isinstance(server, Client) and server.scheduler_comm is not None:
+        await upgrade.upgrade_client(server)

@@ -1,0 +1,62 @@
+"""What the tests with real processes share: a pool and a cluster for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client
+
+from .deployment import Deployment, private_pool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.process)
+
+
+@pytest.fixture(scope="module")
+def pool_options() -> dict[str, Any]:
+    """What a module wants of its pool; modules override this."""
+    return {"pool_size": "1 GiB"}
+
+
+@pytest.fixture(scope="module")
+def pool_config(pool_options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Make a pool for this module; the configuration of its processes."""
+    with private_pool(**pool_options) as config:
+        yield config
+
+
+@pytest.fixture(autouse=True)
+def _this_pool(pool_config: dict[str, Any]) -> Iterator[None]:
+    """Stand above what other fixtures may have configured for each test."""
+    with dask.config.set(pool_config):
+        yield
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    pool_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    """Start a scheduler and two workers, three processes."""
+    with Deployment(tmp_path_factory.mktemp("dask"), pool_config) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def client(deployment: Deployment) -> Iterator[Client]:
+    """Connect to the module's cluster."""
+    with deployment.client(set_as_default=True) as client:
+        yield client
+
+
+@pytest.fixture
+def workers(client: Client) -> list[str]:
+    """Addresses of the workers."""
+    return sorted(client.scheduler_info(n_workers=-1)["workers"])

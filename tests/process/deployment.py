@@ -1,0 +1,305 @@
+"""Schedulers and workers in processes of their own, and figures of what they moved."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client
+
+import dask_shm_bridge
+from dask_shm_bridge import pool
+
+# What a child needs so that functions of these tests can be pickled by reference.
+ROOT = str(Path(__file__).resolve().parents[len((__package__ or "x").split("."))])
+
+MiB = 1024 * 1024
+START_TIMEOUT_S = 60.0
+
+QUIET = {
+    "distributed.admin.large-graph-warning-threshold": "1 TiB",
+    "distributed.scheduler.worker-saturation": "inf",
+    "distributed.worker.profile.enabled": False,
+    "distributed.comm.timeouts.connect": "30s",
+}
+
+
+def settings(folder: str | bool, **more: Any) -> dict[str, Any]:
+    """Return configuration: `folder` as the pool, and `pool_size="64 MiB"` and the like."""
+    result = {"shm-bridge.pool.path": folder, **QUIET}
+    for name, value in more.items():
+        key = name.replace("_", "-")
+        for group in ("pool", "distributed"):
+            if key.startswith(f"{group}-"):
+                key = f"{group}.{key[len(group) + 1 :]}"
+        result[key if key.startswith("distributed.") else f"shm-bridge.{key}"] = value
+    return result
+
+
+def environment(config: dict[str, Any]) -> dict[str, str]:
+    """Return the environment of a child that has this configuration."""
+    result = {k: v for k, v in os.environ.items() if not k.startswith("DASK_")}
+    for key, value in config.items():
+        result["DASK_" + key.upper().replace(".", "__").replace("-", "_")] = str(value)
+    paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    result["PYTHONPATH"] = os.pathsep.join(paths)
+    result["PYTHONWARNINGS"] = "default"
+    return result
+
+
+@contextlib.contextmanager
+def private_pool(**more: Any) -> Iterator[dict[str, Any]]:
+    """Give this process and its children a new pool; yield the configuration of both."""
+    folder = f"/dev/shm/shm-bridge-test-{os.getpid()}-{secrets.token_hex(4)}"
+    config = settings(folder, **more)
+    with dask.config.set(config):
+        try:
+            yield config
+        finally:
+            gc.collect()
+            pool.detach_all()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Deployment:
+    """A scheduler and workers, each a process of its own, ended by their ids.
+
+    Parameters
+    ----------
+    folder : Path
+        Where logs and the scheduler's file go.
+    config : dict
+        Dask configuration of the children.
+    workers, threads : int
+        How many.
+    protocol : str
+        Of the scheduler and the workers.
+    scheduler_args, worker_args : sequence of str
+        More arguments.
+    prefix : sequence of str
+        What starts a Python that runs ``-m``; default: this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        workers: int = 2,
+        threads: int = 1,
+        protocol: str = "shm",
+        scheduler_args: tuple[str, ...] = (),
+        worker_args: tuple[str, ...] = (),
+        memory_limit: str = "0",
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.protocol = protocol
+        self.threads = threads
+        self.memory_limit = memory_limit
+        self.file = folder / f"scheduler-{secrets.token_hex(4)}.json"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.logs: list[Path] = []
+        try:
+            self.scheduler = self._start(
+                "distributed.cli.dask_scheduler",
+                *("--protocol", protocol, "--host", "127.0.0.1", "--port", "0"),
+                *("--no-dashboard", "--dashboard-address", "127.0.0.1:0"),
+                *("--scheduler-file", str(self.file)),
+                *scheduler_args,
+            )
+            self._wait(self.file.exists, "the scheduler's file")
+            for number in range(workers):
+                self.add_worker(f"w{number}", worker_args)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        """Address of the scheduler."""
+        return str(json.loads(self.file.read_text())["address"])
+
+    def add_worker(
+        self,
+        name: str,
+        args: tuple[str, ...] = (),
+        config: dict[str, Any] | None = None,
+        command: Callable[[list[str]], list[str]] | None = None,
+        nanny: bool = False,
+    ) -> subprocess.Popen[bytes]:
+        """Start another worker."""
+        return self._start(
+            "distributed.cli.dask_worker",
+            self.address,
+            *(["--nanny"] if nanny else ["--no-nanny"]),
+            *("--host", "127.0.0.1", "--name", name, "--nthreads", str(self.threads)),
+            *("--memory-limit", self.memory_limit, "--no-dashboard"),
+            *("--local-directory", str(self.folder), "--death-timeout", "60"),
+            *args,
+            config=config,
+            command=command,
+        )
+
+    def _start(
+        self,
+        module: str,
+        *args: str,
+        config: dict[str, Any] | None = None,
+        command: Callable[[list[str]], list[str]] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        line = [sys.executable, "-m", module, *args]
+        if command is not None:
+            line = command([module, *args])
+        log = self.folder / f"{module.rpartition('_')[2]}-{len(self.logs)}.log"
+        self.logs.append(log)
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                line,
+                cwd=self.folder,
+                env=environment(self.config if config is None else config),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        self.processes.append(process)
+        return process
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ready():
+            if time.monotonic() > deadline or self.scheduler.poll() is not None:
+                raise RuntimeError(f"{what} did not come:\n{self.said()}")
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        """Return what the processes wrote."""
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in self.logs)
+
+    @contextlib.contextmanager
+    def client(self, workers: int | None = None, **kwargs: Any) -> Iterator[Client]:
+        """Connect; wait for `workers`."""
+        kwargs = {"set_as_default": False, "timeout": 30, **kwargs}
+        with Client(self.address, **kwargs) as client:
+            client.wait_for_workers(workers or max(1, len(self.processes) - 1), timeout=60)
+            yield client
+
+    def close(self) -> None:
+        """End all processes, workers first."""
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in reversed(self.processes):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------- figures
+
+
+class Delta:
+    """What was moved between two looks at the figures; `measured` makes one."""
+
+    def __init__(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        self._before = before
+        self._after = after
+
+    def at(self, who: str, direction: str, way: str, what: str = "bytes") -> int:
+        """Return a figure of ``client``, ``scheduler``, ``workers`` (all) or one address."""
+        return sum(
+            after[what][direction][way] - before[what][direction][way]
+            for before, after in self._pairs(who)
+        )
+
+    def everywhere(self, direction: str, way: str, what: str = "bytes") -> int:
+        """Return a figure summed over client, scheduler and workers."""
+        return sum(
+            self.at(who, direction, way, what) for who in ("client", "scheduler", "workers")
+        )
+
+    @property
+    def inline(self) -> int:
+        """Bytes that went over sockets, anywhere."""
+        return self.everywhere("sent", "inline")
+
+    @property
+    def copied(self) -> int:
+        """Bytes that were copied into the pool, anywhere."""
+        return self.everywhere("sent", "copied")
+
+    @property
+    def pieces(self) -> int:
+        """Bytes that went through the pool in pieces."""
+        return self.everywhere("sent", "pieces")
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Causes to frames, summed."""
+        total: Counter[str] = Counter()
+        for who in ("client", "scheduler", "workers"):
+            for before, after in self._pairs(who):
+                total.update(after["fallbacks"])
+                total.subtract(before["fallbacks"])
+        return {cause: frames for cause, frames in total.items() if frames}
+
+    def _pairs(self, who: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        if who in ("client", "scheduler"):
+            return [(self._before[who], self._after[who])]
+        before, after = self._before["workers"], self._after["workers"]
+        return [(before[w], after[w]) for w in after if w in before and who in ("workers", w)]
+
+    def __repr__(self) -> str:
+        lines = []
+        for who in ("client", "scheduler", *self._after["workers"]):
+            ways = {
+                f"{direction}.{way}": self.at(who, direction, way)
+                for direction in ("sent", "received")
+                for way in self._after["client"]["bytes"][direction]
+            }
+            lines.append(f"{who}: { {k: v for k, v in ways.items() if v} }")
+        return "\n".join([*lines, f"fallbacks: {self.fallbacks}"])
+
+
+@contextlib.contextmanager
+def measured(client: Client) -> Iterator[Callable[[], Delta]]:
+    """Yield a function that returns what was moved in the block, once it is over."""
+    before = dask_shm_bridge.stats(client)
+    after: dict[str, Any] = {}
+    yield lambda: Delta(before, after)
+    after.update(dask_shm_bridge.stats(client))
+
+
+def usage(timeout_s: float = 10.0, **wanted: int) -> dict[str, int]:
+    """Return the counts of this process's pool, once they are as wanted or time is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        gc.collect()
+        joined = pool.attached()
+        assert joined is not None
+        counts: dict[str, int] = joined.ledger.usage()["counts"]
+        if all(counts[name] == value for name, value in wanted.items()):
+            return counts
+        if time.monotonic() > deadline:
+            return counts
+        time.sleep(0.05)
