@@ -26,6 +26,6 @@ def demo(arguments: tuple[str, ...]) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
     """Measure transfers of many sizes over the pool, TCP and others (--help for options)."""
-    from dask_shm_bridge.benchmarks.__main__ import main
+    from dask_shm_bridge.benchmarks.command import main
 
     raise SystemExit(main(list(arguments)))

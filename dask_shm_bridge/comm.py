@@ -22,11 +22,12 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
-from distributed.comm.core import BaseListener, Comm, CommClosedError
+from distributed.comm.core import Comm, CommClosedError
 from distributed.comm.tcp import (
     TCP,
     TLS,
@@ -45,7 +46,12 @@ from tornado.iostream import IOStream, StreamClosedError
 
 from dask_shm_bridge import config, counters, family, memory, pool
 from dask_shm_bridge.copying import as_bytes
-from dask_shm_bridge.errors import BridgeError, PoolError, PoolUnsupportedError
+from dask_shm_bridge.errors import (
+    BridgeError,
+    LedgerBusyError,
+    PoolError,
+    PoolUnsupportedError,
+)
 
 KEY = "shm-bridge"  # in handshakes and in the context of serializers
 VERSION = 1
@@ -62,6 +68,8 @@ _FLAG = 1 << 63
 _TICKET, _PIECES = 0, 1
 _UNSPLIT = 1 << 62
 _JOIN_BYTES = 128 * 1024
+_DIRECT_BYTES = 1024 * 1024  # copied on the event loop: a change of threads takes longer
+_DIRECT_TIMEOUT_S = 0.0005
 _READ_BYTES = 1 << 30  # some TLS libraries count in 32 bits
 _PIECE_BYTES = 64 * 1024 * 1024
 _SMALLEST_PIECE_BYTES = 256 * 1024
@@ -78,12 +86,8 @@ class _Link:
         self.numbers = 0  # of tickets sent
 
 
-class ShmMixin(Comm):
-    """The part that TCP and TLS comms over a pool share.
-
-    A subclass of Comm, so that a living TCP comm can be given one of the classes below
-    (`upgrade`): Python wants both to descend from the same class with instance attributes.
-    """
+class ShmTCP(TCP):
+    """A TCP connection beside a shared pool."""
 
     _link: _Link | None = None
     _shared: pool.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
@@ -96,7 +100,7 @@ class ShmMixin(Comm):
 
     def handshake_info(self) -> dict[str, Any]:
         """Advertise this process's pool, and a connection that tickets may be put under."""
-        info: dict[str, Any] = super().handshake_info()  # type: ignore[misc]
+        info: dict[str, Any] = super().handshake_info()
         shared = self._shared
         if shared is not None and not shared.closed and self._connection is None:
             connection = shared.connect()
@@ -105,7 +109,7 @@ class ShmMixin(Comm):
                 info[KEY] = {"version": VERSION, "connection": connection, **shared.identity()}
         return info
 
-    def handshake_configuration(
+    def handshake_configuration(  # type: ignore[override]  # Dask calls it on the instance
         self, local: dict[str, Any], remote: dict[str, Any]
     ) -> dict[str, Any]:
         """Agree on a pool if both sides have the same one on the same kernel."""
@@ -115,6 +119,7 @@ class ShmMixin(Comm):
             options.update(AGREED)
         else:
             self._end_connection()
+            _meter(self.stream)
         return options
 
     def _agree(self, ours: Any, theirs: Any) -> bool:
@@ -153,9 +158,7 @@ class ShmMixin(Comm):
         """
         link = self._link
         if link is None:
-            nbytes: int = await super().write(  # type: ignore[misc]
-                msg, serializers=serializers, on_error=on_error
-            )
+            nbytes: int = await super().write(msg, serializers=serializers, on_error=on_error)
             counters.count("sent", "inline", nbytes)
             return nbytes
         if self._write_lock is None:
@@ -164,17 +167,17 @@ class ShmMixin(Comm):
             return await self._write(link, msg, serializers, on_error)
 
     async def _write(self, link: _Link, msg: Any, serializers: Any, on_error: str) -> int:
-        if self.stream is None:  # type: ignore[attr-defined]
+        if self.stream is None:
             raise CommClosedError()
         frames = await to_frames(
             msg,
-            allow_offload=self.allow_offload,  # type: ignore[attr-defined]
+            allow_offload=self.allow_offload,
             serializers=serializers,
             on_error=on_error,
             context={
-                "sender": self.local_info,  # type: ignore[attr-defined]
-                "recipient": self.remote_info,  # type: ignore[attr-defined]
-                **self.handshake_options,  # type: ignore[attr-defined]
+                "sender": self.local_info,
+                "recipient": self.remote_info,
+                **self.handshake_options,
             },
             frame_split_size=_UNSPLIT,
         )
@@ -193,7 +196,12 @@ class ShmMixin(Comm):
             link.numbers += 1
             wanted.append(pool.Frame(index, link.numbers, frames[index], sizes[index]))
         region = pool.region()
-        shipment = await _run(link.pool, link.pool.ship, link.outgoing, wanted, region)
+        shipment = None
+        if sum(frame.nbytes for frame in wanted) <= _DIRECT_BYTES:
+            with suppress(LedgerBusyError):
+                shipment = link.pool.ship(link.outgoing, wanted, region, _DIRECT_TIMEOUT_S)
+        if shipment is None:
+            shipment = await _run(link.pool, link.pool.ship, link.outgoing, wanted, region)
         # From here to the end of _send nothing awaits: the tickets are sent or taken back.
         try:
             manifest = [[i, _TICKET, number] for i, number in shipment.tickets.items()]
@@ -222,7 +230,7 @@ class ShmMixin(Comm):
 
     def _send(self, frames: list[Any], flag: bool = False) -> int:
         """Enqueue a message on the stream, all of it or, if that is closed, nothing."""
-        stream = self.stream  # type: ignore[attr-defined]
+        stream = self.stream
         if stream is None or stream.closed():
             self._closed = True
             raise CommClosedError(f"in {self}: the stream is closed")
@@ -239,9 +247,9 @@ class ShmMixin(Comm):
             self._closed = True
             raise CommClosedError(f"in {self}: {error}") from error
         except BaseException:
-            self.abort()  # type: ignore[attr-defined]
+            self.abort()
             raise
-        counters.count("sent", "inline", total)
+        counters.count("sent", "inline", total, len(frames))
         return total
 
     async def _write_pieces(self, link: _Link, frames: list[Any]) -> None:
@@ -254,10 +262,10 @@ class ShmMixin(Comm):
                     assert source is not None
                 await self._write_in_pieces(link, source)
         except BaseException:
-            self.abort()  # type: ignore[attr-defined]
+            self.abort()
             raise
 
-    async def _write_in_pieces(self, link: _Link, source: np.ndarray) -> None:  # type: ignore[type-arg]
+    async def _write_in_pieces(self, link: _Link, source: np.ndarray) -> None:
         region = pool.region()
         done, since, pause = 0, time.monotonic(), 0.001
         while done < source.nbytes:
@@ -277,9 +285,7 @@ class ShmMixin(Comm):
                 done += size
                 counters.count("sent", "pieces", size)
                 since, pause = time.monotonic(), 0.001
-            elif (
-                shipment.refused.get(0) != "full" or time.monotonic() - since > _PATIENCE_S
-            ):
+            elif shipment.refused.get(0) != "full" or time.monotonic() - since > _PATIENCE_S:
                 counters.fallback(shipment.refused.get(0, "full"))
                 self._send_raw(_PIECE.pack(0, left))
                 self._send_raw(source[done:].data)
@@ -290,7 +296,7 @@ class ShmMixin(Comm):
                 pause = min(pause * 2, 0.02)
 
     def _send_raw(self, data: Any) -> None:
-        stream = self.stream  # type: ignore[attr-defined]
+        stream = self.stream
         if stream is None or stream.closed():
             raise CommClosedError(f"in {self}: the stream was closed between two pieces")
         try:
@@ -303,12 +309,12 @@ class ShmMixin(Comm):
     async def read(self, deserializers: Any = None) -> Any:
         """Receive a message; frames that came through the pool are views of it."""
         shared, connection = self._shared, self._connection
-        stream = self.stream  # type: ignore[attr-defined]
+        stream = self.stream
         if shared is None or connection is None or stream is None:
             try:
-                return await super().read(deserializers=deserializers)  # type: ignore[misc]
+                return await super().read(deserializers=deserializers)
             except BaseException:
-                if self.stream is None:  # type: ignore[attr-defined]
+                if self.stream is None:
                     self._end_connection()
                 raise
         try:
@@ -318,34 +324,39 @@ class ShmMixin(Comm):
             self._closed = True
             self._end_connection()
             raise CommClosedError(f"in {self}: {error}") from error
-        except (BridgeError, ValueError, IndexError, TypeError, AssertionError, struct.error) as error:
+        except (
+            BridgeError,
+            ValueError,
+            IndexError,
+            TypeError,
+            AssertionError,
+            struct.error,
+        ) as error:
             # A ticket that is not there, or no message of ours: the peer will be asked again.
-            self.abort()  # type: ignore[attr-defined]
+            self.abort()
             raise CommClosedError(f"in {self}: {error}") from error
         except BaseException:
-            self.abort()  # type: ignore[attr-defined]
+            self.abort()
             raise
         try:
             return await from_frames(
                 frames,
-                deserialize=self.deserialize,  # type: ignore[attr-defined]
+                deserialize=self.deserialize,
                 deserializers=deserializers,
-                allow_offload=self.allow_offload,  # type: ignore[attr-defined]
+                allow_offload=self.allow_offload,
             )
         except EOFError:
-            self.abort()  # type: ignore[attr-defined]
+            self.abort()
             raise CommClosedError("aborted stream on truncated data") from None
 
-    async def _read_frames(
-        self, shared: pool.Pool, connection: int, stream: IOStream
-    ) -> list[Any]:
+    async def _read_frames(self, shared: pool.Pool, connection: int, stream: IOStream) -> list[Any]:
         (length,) = _LENGTH.unpack(await stream.read_bytes(_LENGTH.size))
         blob = await _read_buffer(stream, length & ~_FLAG)
         frames, missing = unpack_frames(blob, partial=True)
         for nbytes in missing:
             frames.append(await _read_buffer(stream, nbytes))
         total = _LENGTH.size + len(blob) + sum(missing)
-        counters.count("received", "inline", total)
+        counters.count("received", "inline", total, len(frames))
         if length & _FLAG:
             manifest = msgpack.unpackb(frames.pop(0), use_list=True)
             await self._resolve(shared, connection, stream, frames, manifest)
@@ -360,14 +371,24 @@ class ShmMixin(Comm):
         manifest: list[Any],
     ) -> None:
         """Put what travelled otherwise in its place."""
-        tickets, pieces = {}, {}
+        tickets: dict[int, int] = {}
+        pieces: dict[int, int] = {}
         for place, way, value in manifest:
             if not 0 <= place < len(frames) or len(frames[place]) or value < 1:
                 raise ValueError(f"the message's frame {place} can't be replaced")
             (tickets if way == _TICKET else pieces)[place] = value
         if tickets:
             numbers = list(tickets.values())
-            received = await _run(shared, shared.receive, connection, numbers)
+            try:
+                received = shared.receive(connection, numbers, _DIRECT_TIMEOUT_S)
+            except LedgerBusyError:
+                received = await _run(shared, shared.receive, connection, numbers)
+            if received.waiting:
+                try:
+                    await _run(shared, shared.copy_out, received)
+                except BaseException:
+                    received.undo()
+                    raise
             for place, buffer in zip(tickets, received.buffers, strict=True):
                 frames[place] = buffer
             for nbytes in received.viewed:
@@ -400,12 +421,12 @@ class ShmMixin(Comm):
 
     def abort(self) -> None:
         """Close at once; what was sent here and not read is given back."""
-        super().abort()  # type: ignore[misc]
+        super().abort()
         self._end_connection()
 
     def close(self) -> Any:
         """Close after what was written is flushed; what was not read is given back."""
-        future = super().close()  # type: ignore[misc]  # it has begun, awaited or not
+        future = super().close()  # it has begun, awaited or not
         self._end_connection()
         return future
 
@@ -428,6 +449,24 @@ def _undo(future: Future[Any]) -> None:
         undo = getattr(future.result(), "undo", None)
         if undo is not None:
             undo()
+
+
+def _meter(stream: IOStream | None) -> None:
+    """Count what a comm without a pool receives: Dask's own read does not tell."""
+    if stream is None:
+        return
+    read_bytes, read_into = stream.read_bytes, stream.read_into
+
+    def metered_read_bytes(num_bytes: int, *args: Any, **kwargs: Any) -> Any:
+        counters.count("received", "inline", num_bytes)  # once a message: its length
+        return read_bytes(num_bytes, *args, **kwargs)
+
+    def metered_read_into(buf: Any, *args: Any, **kwargs: Any) -> Any:
+        counters.count("received", "inline", len(buf), frames=0)
+        return read_into(buf, *args, **kwargs)
+
+    stream.read_bytes = metered_read_bytes  # type: ignore[method-assign]
+    stream.read_into = metered_read_into  # type: ignore[method-assign]
 
 
 def _nbytes(frame: Any) -> int:
@@ -466,20 +505,16 @@ async def _read_buffer(stream: IOStream, nbytes: int) -> memoryview:
 
 async def _read_into(stream: IOStream, buffer: memoryview) -> None:
     for start in range(0, len(buffer), _READ_BYTES):
-        await stream.read_into(buffer[start : start + _READ_BYTES])
+        await stream.read_into(buffer[start : start + _READ_BYTES])  # type: ignore[arg-type]
 
 
-class ShmTCP(ShmMixin, TCP):
-    """A TCP connection beside a shared pool."""
-
-
-class ShmTLS(ShmMixin, TLS):
+class ShmTLS(ShmTCP, TLS):
     """A TLS connection beside a shared pool (only with ``shm-bridge.tls``)."""
 
     _encrypted = True
 
 
-async def join_pool(comm: ShmMixin) -> None:
+async def join_pool(comm: ShmTCP) -> None:
     """Give a new comm this process's pool, joining it if need be; never an error."""
     try:
         settings = config.Settings.from_config()
@@ -504,25 +539,23 @@ async def join_pool(comm: ShmMixin) -> None:
         counters.fallback("no-pool", str(error), frames=0)
 
 
-class ShmConnectorMixin:
+class ShmConnectorMixin(BaseTCPConnector):
     """Connectors whose comms may share a pool."""
 
     async def connect(self, address: str, deserialize: bool = True, **kwargs: Any) -> Any:
         """Connect, and have the pool at hand for the handshake."""
-        comm = await super().connect(  # type: ignore[misc]
-            address, deserialize=deserialize, **kwargs
-        )
+        comm = await super().connect(address, deserialize=deserialize, **kwargs)
         await join_pool(comm)
         return comm
 
 
-class ShmListenerMixin(BaseListener):
+class ShmListenerMixin(BaseTCPListener):
     """Listeners whose comms may share a pool."""
 
     async def on_connection(self, comm: Any, handshake_overrides: Any = None) -> None:
         """Have the pool at hand for the handshake."""
         await join_pool(comm)
-        await super().on_connection(comm, handshake_overrides)  # type: ignore[misc]
+        await super().on_connection(comm, handshake_overrides)
 
 
 class ShmConnector(ShmConnectorMixin, TCPConnector):

@@ -28,7 +28,9 @@ def register() -> None:
     dask_serialize.register(np.ndarray)(serialize_ndarray)
 
 
-def serialize_ndarray(x: np.ndarray, context: Any = None) -> tuple[dict[str, Any], list[Any]]:  # type: ignore[type-arg]
+def serialize_ndarray(
+    x: np.ndarray[Any, Any], context: Any = None
+) -> tuple[dict[str, Any], list[Any]]:
     """Serialize an array in Dask's stock form, which any peer can read.
 
     Over a comm of this package a strided array becomes a strided frame, so that the copy into
@@ -37,7 +39,8 @@ def serialize_ndarray(x: np.ndarray, context: Any = None) -> tuple[dict[str, Any
     if context and context.get(CONTEXT) and type(x) is np.ndarray:
         frame = _strided(x)
         if frame is not None:
-            strides, step = [], x.itemsize
+            strides: list[int] = []
+            step = x.itemsize
             for length in reversed(x.shape):
                 strides.insert(0, step)
                 step *= length
@@ -52,7 +55,7 @@ def serialize_ndarray(x: np.ndarray, context: Any = None) -> tuple[dict[str, Any
     return header, frames
 
 
-def _strided(x: np.ndarray) -> memoryview | None:  # type: ignore[type-arg]
+def _strided(x: np.ndarray[Any, Any]) -> memoryview | None:
     """Return a strided array's memory as it lies; None where the stock serializer does as well."""
     if (
         x.flags.c_contiguous

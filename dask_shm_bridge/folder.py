@@ -272,9 +272,7 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
         ledger.join(member, os.getpid(), role)
         stack.pop_all()
         os.close(members)
-    attachment = Attachment(
-        path, name, header, pool, directory, lock, ledger, member, member_lock
-    )
+    attachment = Attachment(path, name, header, pool, directory, lock, ledger, member, member_lock)
     attachment.sweep()
     return attachment
 

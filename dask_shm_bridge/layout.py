@@ -59,7 +59,7 @@ class Layout:
                 f"a slot of {self.slot_bytes} bytes is not a multiple of {GRAIN_BYTES} "
                 "(64 KiB): change shm-bridge.pool.slot-size"
             )
-        if len(self.slots) != 3 or min(self.slots) < 0 or sum(self.slots) < 1:
+        if min(self.slots) < 0 or sum(self.slots) < 1:
             raise PoolError(
                 f"{self.slots} slots in regions {REGION_NAMES}: each must be 0 or more, and "
                 "together at least 1; change shm-bridge.pool.regions"

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dask_shm_bridge import mapping
 from dask_shm_bridge.errors import (
@@ -127,13 +127,18 @@ class Ledger:
         self._layout = layout
         self._timeout_s = timeout_s
         self._mutex = threading.Lock()
-        with self.transaction() as txn:
-            self._tables: dict[str, Any] = {
-                name: self._env.open_db(name.encode(), txn=txn) for name in TABLES
-            }
-            if txn.get(b"next", db=self._tables["meta"]) is None:
-                txn.put(b"next", _ONE.pack(1), db=self._tables["meta"])
-                txn.put(_ONE.pack(0), _ONE.pack(layout.size_bytes), db=self._tables["free"])
+        self._closed = False
+        try:
+            with self.transaction() as txn:
+                self._tables: dict[str, Any] = {
+                    name: self._env.open_db(name.encode(), txn=txn) for name in TABLES
+                }
+                if txn.get(b"next", db=self._tables["meta"]) is None:
+                    txn.put(b"next", _ONE.pack(1), db=self._tables["meta"])
+                    txn.put(_ONE.pack(0), _ONE.pack(layout.size_bytes), db=self._tables["free"])
+        except BaseException:
+            self.close()  # a process can't open the environment again while it is open
+            raise
 
     @staticmethod
     def create(path: str, layout: Layout) -> None:
@@ -157,6 +162,7 @@ class Ledger:
     def close(self) -> None:
         """Close the environment; the record stays."""
         with self._mutex:
+            self._closed = True
             self._env.close()
 
     def abandon(self) -> None:
@@ -172,6 +178,8 @@ class Ledger:
         if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise LedgerBusyError("another thread has held the ledger past the deadline")
         try:
+            if self._closed:  # the lock's descriptor may be somebody's socket by now
+                raise LedgerError("the pool was left")
             self._take_lock(deadline)
             try:
                 with self._env.begin(write=True) as txn:
@@ -271,6 +279,7 @@ class Ledger:
         references: Sequence[tuple[int, Part]],
         sizes: Sequence[tuple[int, int]],
         region: str,
+        timeout_s: float | None = None,
     ) -> tuple[set[int], dict[int, Grant]]:
         """Make the tickets of one message.
 
@@ -287,6 +296,8 @@ class Ledger:
             the ticket, since it is about to write there; it gives it back after that.
         region : str
             Where to allocate first.
+        timeout_s : float, optional
+            How long to wait for the lock, if not as long as usual.
 
         Returns
         -------
@@ -300,7 +311,7 @@ class Ledger:
         ConnectionGoneError
             If the receiver has taken its row away.
         """
-        with self.transaction() as txn:
+        with self.transaction(timeout_s) as txn:
             if self._get(txn, "connection", _ONE.pack(connection)) is None:
                 raise ConnectionGoneError(f"connection {connection} is gone, and so is its reader")
             refused, grants = set(), {}
@@ -308,29 +319,23 @@ class Ledger:
                 if self._get(txn, "lease", _TWO.pack(part.extent, part.lease)) is None:
                     refused.add(number)
                     continue
-                self._count(txn, part.extent, 1)
-                self._put(
-                    txn,
-                    "ticket",
-                    _TWO.pack(connection, number),
-                    _TICKET.pack(part.extent, part.start, part.nbytes),
-                )
+                self._ticket(txn, connection, number, part.extent, part.start, part.nbytes)
             for number, nbytes in sizes:
                 grant = self._allocate(txn, member, nbytes, region)
                 if grant is None:
                     self._press(txn, region, nbytes)
                     continue
-                self._count(txn, grant.extent, 1)
-                self._put(
-                    txn,
-                    "ticket",
-                    _TWO.pack(connection, number),
-                    _TICKET.pack(grant.extent, 0, nbytes),
-                )
+                self._ticket(txn, connection, number, grant.extent, 0, nbytes)
                 grants[number] = grant
             return refused, grants
 
-    def adopt(self, member: int, connection: int, numbers: Sequence[int]) -> list[Grant]:
+    def adopt(
+        self,
+        member: int,
+        connection: int,
+        numbers: Sequence[int],
+        timeout_s: float | None = None,
+    ) -> list[Grant]:
         """Turn the tickets of one message into leases of the receiver.
 
         Raises
@@ -338,7 +343,7 @@ class Ledger:
         StaleTicketError
             If one of them is not there; then none is adopted.
         """
-        with self.transaction() as txn:
+        with self.transaction(timeout_s) as txn:
             grants = []
             self._member(txn, member)
             for number in numbers:
@@ -426,18 +431,18 @@ class Ledger:
                 for name, (key, value) in shapes.items()
             }
 
-    # ------------------------------------------------------------------- rows, inside a transaction
+    # ------------------------------------------------------------- rows, inside a transaction
 
     def _get(self, txn: lmdb.Transaction, table: str, key: bytes) -> bytes | None:
-        value: bytes | None = txn.get(key, db=self._tables[table])
-        return value
+        value: Any = txn.get(key, db=self._tables[table])  # bytes, as buffers are not asked for
+        return cast("bytes | None", value)
 
     def _put(self, txn: lmdb.Transaction, table: str, key: bytes, value: bytes) -> None:
         txn.put(key, value, db=self._tables[table])
 
     def _rows(self, txn: lmdb.Transaction, table: str) -> list[tuple[bytes, bytes]]:
         with txn.cursor(db=self._tables[table]) as cursor:
-            return list(cursor)
+            return cast("list[tuple[bytes, bytes]]", list(cursor))
 
     def _next(self, txn: lmdb.Transaction) -> int:
         number = int(_ONE.unpack(self._get(txn, "meta", b"next"))[0])  # type: ignore[arg-type]
@@ -482,6 +487,21 @@ class Ledger:
         self._free(txn, offset, length)
         return 1
 
+    def _ticket(
+        self,
+        txn: lmdb.Transaction,
+        connection: int,
+        number: int,
+        extent: int,
+        start: int,
+        nbytes: int,
+    ) -> None:
+        """Name a part of an extent under a connection."""
+        self._count(txn, extent, 1)
+        key, value = _TWO.pack(connection, number), _TICKET.pack(extent, start, nbytes)
+        if not txn.put(key, value, overwrite=False, db=self._tables["ticket"]):
+            raise LedgerError(f"there is a ticket {number} of connection {connection} already")
+
     def _drop_lease(self, txn: lmdb.Transaction, extent: int, lease: int) -> int:
         value = txn.pop(_TWO.pack(extent, lease), db=self._tables["lease"])
         if value is None:
@@ -506,11 +526,9 @@ class Ledger:
             freed += self._count(txn, _TICKET.unpack(value)[0], -1)
         return freed
 
-    # ------------------------------------------------------------------- space, inside a transaction
+    # ------------------------------------------------------------ space, inside a transaction
 
-    def _runs(
-        self, txn: lmdb.Transaction, region: str, nbytes: int
-    ) -> Iterator[tuple[int, int]]:
+    def _runs(self, txn: lmdb.Transaction, region: str, nbytes: int) -> Iterator[tuple[int, int]]:
         """Yield the free runs that `region` may use, clipped to its windows, lowest first."""
         with txn.cursor(db=self._tables["free"]) as cursor:
             for first, last in self._layout.windows(region, nbytes):
@@ -580,7 +598,7 @@ class Ledger:
         txn.put(_ONE.pack(offset), _ONE.pack(length), db=table)
 
 
-def _first(data: bytes) -> int:
+def _first(data: bytes | memoryview) -> int:
     number: int = _ONE.unpack(data)[0]
     return number
 

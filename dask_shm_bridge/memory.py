@@ -27,9 +27,9 @@ _MARK = "_dask_shm_bridge"
 def install() -> None:
     """Make Dask leave pool pages out. May be called again."""
     if not hasattr(SystemMonitor.get_process_memory, _MARK):
-        SystemMonitor.get_process_memory = _of_worker(SystemMonitor.get_process_memory)
+        setattr(SystemMonitor, "get_process_memory", _of_worker(SystemMonitor.get_process_memory))  # noqa: B010
     if not hasattr(NannyMemoryManager.memory_monitor, _MARK):
-        NannyMemoryManager.memory_monitor = _of_nanny(NannyMemoryManager.memory_monitor)
+        setattr(NannyMemoryManager, "memory_monitor", _of_nanny(NannyMemoryManager.memory_monitor))  # noqa: B010
 
 
 def _of_worker(original: Any) -> Any:

@@ -25,7 +25,13 @@ import numpy as np
 from dask_shm_bridge import counters, folder, mapping
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.copying import Copier, address_of
-from dask_shm_bridge.errors import BridgeError, ConnectionGoneError, LedgerError, PoolError
+from dask_shm_bridge.errors import (
+    BridgeError,
+    ConnectionGoneError,
+    LedgerBusyError,
+    LedgerError,
+    PoolError,
+)
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES
 from dask_shm_bridge.ledger import Grant, Part
 from dask_shm_bridge.views import Claim, Views
@@ -36,6 +42,7 @@ T = TypeVar("T")
 
 HANDSHAKE_TIMEOUT_S = 0.05
 _POLL_S = 0.25
+_COALESCE_S = 0.001  # what ends together is given back in one transaction
 _SWEEP_EVERY_S = 1.0
 _DETACH_AGE_S = 0.5
 
@@ -43,10 +50,10 @@ _DETACH_AGE_S = 0.5
 class Frame(NamedTuple):
     """A frame of a message that should go through the pool.
 
-    `index` is its place in the message, `number` that of its ticket under the connection.
+    `place` is where it stands in the message, `number` that of its ticket under the connection.
     """
 
-    index: int
+    place: int
     number: int
     buffer: Any
     nbytes: int
@@ -89,15 +96,22 @@ class Received:
         In the order of the tickets.
     viewed, copied : list of int
         Bytes of those that are views of the pool, and that had to be copied out.
+    waiting : list of (int, Grant)
+        Places in `buffers` that `Pool.copy_out` has yet to fill.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self.buffers: list[memoryview] = []
         self.viewed: list[int] = []
         self.copied: list[int] = []
+        self.waiting: list[tuple[int, Grant]] = []
 
     def undo(self) -> None:
-        """Nothing to do: views give their leases back by themselves."""
+        """Give back what no view will give back by itself."""
+        for _, grant in self.waiting:
+            self._pool.events.put(("lease", (grant.extent, grant.lease)))
+        self.waiting.clear()
         self.buffers.clear()
 
 
@@ -129,9 +143,7 @@ class Pool:
         self._last_sweep = time.monotonic()
         self._users = 0
         self._forked = False
-        self._keeper = threading.Thread(
-            target=self._keep, name="shm-bridge-keeper", daemon=True
-        )
+        self._keeper = threading.Thread(target=self._keep, name="shm-bridge-keeper", daemon=True)
         self._keeper.start()
 
     # --------------------------------------------------------------------------- from anywhere
@@ -174,30 +186,48 @@ class Pool:
 
     # ------------------------------------------------------------------------- jobs for threads
 
-    def ship(self, connection: int, frames: Sequence[Frame], region: str) -> Shipment:
+    def ship(
+        self,
+        connection: int,
+        frames: Sequence[Frame],
+        region: str,
+        timeout_s: float | None = None,
+    ) -> Shipment:
         """Make a ticket for each frame that the pool can take, and put its bytes there.
 
-        A frame that lies in an extent already, unwritten, is only named. No error leaves this
-        method: what can't be placed is listed in `Shipment.refused` with its cause.
+        A frame that lies in an extent already, unwritten, is only named. What can't be placed is
+        listed in `Shipment.refused` with its cause.
+
+        Raises
+        ------
+        LedgerBusyError
+            Only where `timeout_s` is given: no other error leaves this method.
         """
         shipment = Shipment(self, connection)
         try:
-            self._ship(shipment, connection, frames, region)
+            self._ship(shipment, connection, frames, region, timeout_s)
         except ConnectionGoneError:
             cause = "connection-gone"
         except (LedgerError, OSError) as error:
+            if timeout_s is not None and isinstance(error, LedgerBusyError):
+                raise
             cause = "ledger"
             counters.fallback("ledger", f"frames go inline: {error}", frames=0)
         else:
             return shipment
         shipment.undo()
-        shipment.refused = {frame.index: cause for frame in frames}
+        shipment.refused = {frame.place: cause for frame in frames}
         shipment.copied.clear()
         shipment.referenced.clear()
         return shipment
 
     def _ship(
-        self, shipment: Shipment, connection: int, frames: Sequence[Frame], region: str
+        self,
+        shipment: Shipment,
+        connection: int,
+        frames: Sequence[Frame],
+        region: str,
+        timeout_s: float | None,
     ) -> None:
         parts: dict[int, tuple[Frame, Part]] = {}
         wanted: dict[int, Frame] = {}
@@ -208,7 +238,7 @@ class Pool:
                 wanted[frame.number] = frame
             else:
                 parts[frame.number] = (frame, part)
-        grants = self._tickets(shipment, connection, parts, wanted, region)
+        grants = self._tickets(shipment, connection, parts, wanted, region, timeout_s)
         try:
             for number, grant in grants.items():
                 self._fill(shipment, connection, wanted[number], grant)
@@ -221,7 +251,7 @@ class Pool:
                 self.events.put(("lease", (grant.extent, grant.lease)))
         for number, frame in wanted.items():
             if number not in grants:
-                shipment.refused[frame.index] = "full"
+                shipment.refused[frame.place] = "full"
 
     def _tickets(
         self,
@@ -230,19 +260,24 @@ class Pool:
         parts: dict[int, tuple[Frame, Part]],
         wanted: dict[int, Frame],
         region: str,
+        timeout_s: float | None,
     ) -> dict[int, Grant]:
         """Make all tickets in the ledger; return the extents to fill, by ticket number."""
         references = [(number, part) for number, (_, part) in parts.items()]
         sizes = [(number, frame.nbytes) for number, frame in wanted.items()]
-        refused, grants = self.ledger.ship(self.member, connection, references, sizes, region)
+        refused, grants = self.ledger.ship(
+            self.member, connection, references, sizes, region, timeout_s
+        )
         for number, (frame, _) in parts.items():
             if number in refused:  # it was detached meanwhile
                 wanted[number] = frame
             else:
-                shipment.tickets[frame.index] = number
+                shipment.tickets[frame.place] = number
                 shipment.referenced.append(frame.nbytes)
         missing = [(n, frame.nbytes) for n, frame in wanted.items() if n not in grants]
-        if missing and (refused or self._sweep()):
+        if missing and timeout_s is not None:
+            self.events.put(("sweep", None))  # the keeper has the time for it
+        elif missing and (refused or self._sweep()):
             with contextlib.suppress(LedgerError):  # what was granted before is still to be filled
                 grants |= self.ledger.ship(self.member, connection, [], missing, region)[1]
         return grants
@@ -252,7 +287,7 @@ class Pool:
             self._commit(grant)
         except OSError as error:
             self.events.put(("ticket", (connection, frame.number)))
-            shipment.refused[frame.index] = "no-memory"
+            shipment.refused[frame.place] = "no-memory"
             counters.fallback(
                 "no-memory",
                 f"the file system of {self.path} is full ({error}): make it larger, or set "
@@ -261,43 +296,49 @@ class Pool:
             )
             return
         self._copier.copy(self.views.bytes_of(grant), frame.buffer)
-        shipment.tickets[frame.index] = frame.number
+        shipment.tickets[frame.place] = frame.number
         shipment.copied.append(frame.nbytes)
 
-    def receive(self, connection: int, numbers: Sequence[int]) -> Received:
-        """Adopt the tickets of one message.
+    def receive(
+        self, connection: int, numbers: Sequence[int], timeout_s: float | None = None
+    ) -> Received:
+        """Adopt the tickets of one message, and view what they name.
+
+        Quick, as it copies nothing: frames that can't be viewed are left to `copy_out`.
 
         Raises
         ------
         StaleTicketError, LedgerError
             If they can't be had; then none was adopted.
         """
-        received = Received()
-        grants = list(self.ledger.adopt(self.member, connection, numbers))
+        received = Received(self)
+        grants = self.ledger.adopt(self.member, connection, numbers, timeout_s)
         limit = self.settings.hold_limit * self.layout.size_bytes
-        try:
-            while grants:
-                grant = grants[0]
-                view = None
-                if self.views.leased_bytes + grant.nbytes <= limit:
-                    view = self.views.claim(grant)
-                    cause = "overlap"
-                else:
-                    cause = "hold-limit"
+        for place, grant in enumerate(grants):
+            view, cause = None, "hold-limit"
+            if self.views.leased_bytes + grant.nbytes <= limit:
+                view, cause = self.views.claim(grant), "overlap"
+            if view is None:
+                counters.fallback(cause)
+                received.waiting.append((place, grant))
+                received.buffers.append(memoryview(b""))
+                if cause == "hold-limit":
                     self.events.put(("trim", None))
-                if view is not None:
-                    grants.pop(0)
-                    received.viewed.append(grant.nbytes)
-                else:
-                    counters.fallback(cause)
-                    view = self._copy_out(grant)
-                    grants.pop(0)
-                    self.events.put(("lease", (grant.extent, grant.lease)))
-                    received.copied.append(grant.nbytes)
+            else:
                 received.buffers.append(view)
-        finally:
-            for grant in grants:  # only after an error, such as a lack of memory
-                self.events.put(("lease", (grant.extent, grant.lease)))
+                received.viewed.append(grant.nbytes)
+        return received
+
+    def copy_out(self, received: Received) -> Received:
+        """Copy what could not be viewed, and give its extents back."""
+        while received.waiting:
+            place, grant = received.waiting[-1]
+            target = np.empty(grant.nbytes, np.uint8)
+            self._copier.copy(target, self.views.bytes_of(grant))
+            received.buffers[place] = target.data
+            received.copied.append(grant.nbytes)
+            received.waiting.pop()
+            self.events.put(("lease", (grant.extent, grant.lease)))
         return received
 
     def take_piece(self, connection: int, number: int, target: Any) -> None:
@@ -345,11 +386,6 @@ class Pool:
             "connections": counts["connection"],
             "members": counts["member"],
         }
-
-    def _copy_out(self, grant: Grant) -> memoryview:
-        target = np.empty(grant.nbytes, np.uint8)
-        self._copier.copy(target, self.views.bytes_of(grant))
-        return target.data
 
     def _commit(self, grant: Grant) -> None:
         """Back an extent with pages the first time this process writes there."""
@@ -410,6 +446,7 @@ class Pool:
             events = [self.events.get(timeout=timeout)]
         except Empty:
             return []
+        time.sleep(_COALESCE_S)
         while True:
             try:
                 events.append(self.events.get_nowait())

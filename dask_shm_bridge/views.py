@@ -30,12 +30,25 @@ from dask_shm_bridge.ledger import Grant, Part
 MAPPINGS = 4
 
 
-class _View(np.ndarray):  # type: ignore[type-arg]
+class _View(np.ndarray):
     """The array at the bottom of everything that lies over one lease.
 
     Its base must be the mmap object, not an array: NumPy shortens chains of bases, and an array
     made over this one would refer past it to an array below, so that this one dies too early.
     """
+
+
+class _Farewell:
+    """Tells the keeper that a view has died: a call without locks, safe inside the collector."""
+
+    __slots__ = ("_number", "_put")
+
+    def __init__(self, events: SimpleQueue[tuple[str, Any]], number: int) -> None:
+        self._put = events.put
+        self._number = number
+
+    def __call__(self, reference: object) -> None:
+        self._put(("view", self._number))
 
 
 class Claim:
@@ -135,8 +148,7 @@ class Views:
                     self._mappings[which].buffer,
                     HEADER_BYTES + grant.offset,
                 )
-                put, key = self._events.put, ("view", claim.number)
-                claim._reference = weakref.ref(view, lambda _: put(key))
+                claim._reference = weakref.ref(view, _Farewell(self._events, claim.number))
                 starts.insert(place, first)
                 ranges.insert(place, claim)
                 self._claims[claim.number] = claim
@@ -156,7 +168,8 @@ class Views:
                     return None
                 claim = self._ranges[which][place - 1]
                 start = HEADER_BYTES + claim.grant.offset
-                if claim.leased and start <= offset and offset + nbytes <= start + claim.grant.nbytes:
+                end = start + claim.grant.nbytes
+                if claim.leased and start <= offset and offset + nbytes <= end:
                     return claim
             return None
         return None

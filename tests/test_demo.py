@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -76,15 +77,20 @@ def test_memory_is_watched():
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_all_ways_agree():
+def test_all_ways_agree(tmp_path):
     # At this size every array is past the threshold and every job still takes moments.
     command = [sys.executable, "-m", "dask_shm_bridge.demo", "--part", "0.02", "--repeats", "1"]
+    command += ["--json", str(tmp_path / "demo.json")]
     place = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all results agree over shm, tcp, npy" in done.stdout
     for text in ("PCA", "pipeline", "KMeans", "scheduler", "worker-1", "sent, referenced"):
         assert text in done.stdout
+    document = json.loads((tmp_path / "demo.json").read_text())
+    assert [(r["job"], r["way"]) for r in document["records"]] == [
+        (job.name, way) for way in demo.WAYS for job in JOBS
+    ]
 
 
 @pytest.mark.process

@@ -37,17 +37,15 @@ GOLDEN = bytes.fromhex(
     "000102030405060708090a0b0c0d0e0f"  # pool id
     "0000001000000000" "04000000" "04000000" "08000000"  # 256 MiB; 4, 4 and 8 slots
     "0000002000000000" "01000000" "02000000" "03000000"  # asked: 512 MiB; 1, 2 and 3 slots
+    "f3086dca"  # CRC-32 of all that
 )
-GOLDEN += zlib.crc32(GOLDEN).to_bytes(4, "little")
 
 
 def test_golden_bytes_of_the_header():
     header = Header(bytes(range(16)), Layout(), Layout(512 * MiB, (1, 2, 3)))
     assert header.pack() == GOLDEN
     assert len(GOLDEN) == HEADER_SIZE == 76
-    assert GOLDEN[-4:].hex() == "c06fc1c6" or zlib.crc32(GOLDEN[:-4]) == int.from_bytes(
-        GOLDEN[-4:], "little"
-    )
+    assert zlib.crc32(GOLDEN[:-4]).to_bytes(4, "little") == GOLDEN[-4:]
     assert Header.unpack(GOLDEN) == header
     assert Header.unpack(GOLDEN + b"whatever follows") == header
 
@@ -155,7 +153,7 @@ def test_windows_to_try():
     assert layout.windows("scratch", 3 * MiB) == [scratch]
     assert layout.windows("scratch", 3 * MiB + 1) == [scratch, everything]
     assert layout.windows("input", 10 * MiB) == [own, scratch, everything]
-    with pytest.raises(ValueError, match="elsewhere"):
+    with pytest.raises(ValueError, match="not in tuple"):
         layout.windows("elsewhere", 1)
 
 

@@ -58,6 +58,25 @@ class Record:
         """Median of the runs, in seconds."""
         return statistics.median(self.seconds)
 
+    @property
+    def rest_seconds(self) -> list[float]:
+        """Of each run, what is not the worker's computing; empty where that isn't known."""
+        if not self.computing_seconds:
+            return []
+        pairs = zip(self.seconds, self.computing_seconds, strict=True)
+        return [whole - computing for whole, computing in pairs]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the results, for JSON."""
+        return {
+            "job": self.job.name,
+            "way": self.way,
+            "seconds": self.seconds,
+            "computing_s": self.computing_seconds,
+            "traffic": self.traffic.as_dict() if self.traffic else None,
+            "peaks": {role: vars(peak) for role, peak in self.peaks.items()},
+        }
+
 
 def do_way(
     way: str,

@@ -65,7 +65,9 @@ def open_directory(path: str, *, dir_fd: int | None = None) -> int:
         If it does not exist.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        fd = os.open(
+            path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd
+        )
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise PoolUnsafeError(
@@ -308,9 +310,8 @@ class Mapping:
                 entries = np.frombuffer(data, np.uint64)
                 if entries.any():
                     present = (entries & _PM_PRESENT) != 0
-                    if (
-                        np.any(present & ((entries & _PM_FILE) == 0))
-                        or np.any((entries & _PM_SWAP) != 0)
+                    if np.any(present & ((entries & _PM_FILE) == 0)) or np.any(
+                        (entries & _PM_SWAP) != 0
                     ):
                         return True
         except OSError:

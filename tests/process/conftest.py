@@ -34,10 +34,10 @@ def pool_config(pool_options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _this_pool(pool_config: dict[str, Any]) -> Iterator[None]:
-    """Stand above what other fixtures may have configured for each test."""
+def pool_folder(pool_config: dict[str, Any]) -> Iterator[Path]:
+    """Stand in for the fixture of this name above: here a pool is a module's, not a test's."""
     with dask.config.set(pool_config):
-        yield
+        yield Path(pool_config["shm-bridge.pool.path"])
 
 
 @pytest.fixture(scope="module")

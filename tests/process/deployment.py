@@ -28,6 +28,7 @@ ROOT = str(Path(__file__).resolve().parents[len((__package__ or "x").split("."))
 
 MiB = 1024 * 1024
 START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
 
 QUIET = {
     "distributed.admin.large-graph-warning-threshold": "1 TiB",
@@ -56,22 +57,25 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
         result["DASK_" + key.upper().replace(".", "__").replace("-", "_")] = str(value)
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     result["PYTHONPATH"] = os.pathsep.join(paths)
-    result["PYTHONWARNINGS"] = "default"
+    result["PYTHONFAULTHANDLER"] = "1"
     return result
 
 
 @contextlib.contextmanager
 def private_pool(**more: Any) -> Iterator[dict[str, Any]]:
     """Give this process and its children a new pool; yield the configuration of both."""
-    folder = f"/dev/shm/shm-bridge-test-{os.getpid()}-{secrets.token_hex(4)}"
-    config = settings(folder, **more)
-    with dask.config.set(config):
-        try:
+    folder = Path(f"/dev/shm/shm-bridge-test-{os.getpid()}-{secrets.token_hex(4)}")
+    config = settings(str(folder), **more)
+    try:
+        with dask.config.set(config):
             yield config
-        finally:
-            gc.collect()
-            pool.detach_all()
-            shutil.rmtree(folder, ignore_errors=True)
+        gc.collect()
+        pool.detach_all()
+        left = sorted(os.listdir(folder)) if folder.exists() else []
+        assert left in ([], ["lock"]), f"the last to leave the pool left {left}"
+    finally:
+        pool.detach_all()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Deployment:
@@ -197,16 +201,22 @@ class Deployment:
             yield client
 
     def close(self) -> None:
-        """End all processes, workers first."""
-        for process in reversed(self.processes):
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in reversed(self.processes):
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
+        """End all processes, the workers first; one that doesn't end says where it is."""
+        stuck = []
+        # A worker that gets its signal while its scheduler closes may wait for ever, in Dask.
+        for group in (self.processes[1:], self.processes[:1]):
+            for process in group:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            for process in group:
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    stuck.append(process.pid)
+                    process.send_signal(signal.SIGABRT)  # its stacks go to its log
+                    process.wait(10)
+        if stuck:
+            raise RuntimeError(f"processes {stuck} did not end:\n{self.said()}")
 
     def __enter__(self) -> Deployment:
         return self
