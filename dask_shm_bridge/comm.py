@@ -31,20 +31,13 @@ from distributed.comm.core import Comm, CommClosedError
 from distributed.comm.tcp import (
     TCP,
     TLS,
-    BaseTCPBackend,
-    BaseTCPConnector,
-    BaseTCPListener,
-    TCPConnector,
-    TCPListener,
-    TLSConnector,
-    TLSListener,
 )
 from distributed.comm.utils import from_frames, to_frames
 from distributed.protocol.pickle import HIGHEST_PROTOCOL
-from distributed.protocol.utils import pack_frames_prelude, unpack_frames
+from distributed.protocol.utils import unpack_frames
 from tornado.iostream import IOStream, StreamClosedError
 
-from dask_shm_bridge import config, counters, family, memory, pool
+from dask_shm_bridge import config, counters, family, memory, pool, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.errors import (
     BridgeError,
@@ -52,6 +45,7 @@ from dask_shm_bridge.errors import (
     PoolError,
     PoolUnsupportedError,
 )
+from dask_shm_bridge.shipment import Frame
 
 KEY = "shm-bridge"  # in handshakes and in the context of serializers
 VERSION = 1
@@ -67,10 +61,8 @@ _PIECE = struct.Struct("<QQ")  # ticket number or 0, size
 _FLAG = 1 << 63
 _TICKET, _PIECES = 0, 1
 _UNSPLIT = 1 << 62
-_JOIN_BYTES = 128 * 1024
 _DIRECT_BYTES = 1024 * 1024  # copied on the event loop: a change of threads takes longer
 _DIRECT_TIMEOUT_S = 0.0005
-_READ_BYTES = 1 << 30  # some TLS libraries count in 32 bits
 _PIECE_BYTES = 64 * 1024 * 1024
 _SMALLEST_PIECE_BYTES = 256 * 1024
 _PATIENCE_S = 1.0  # without progress of pieces, the rest goes inline
@@ -119,7 +111,7 @@ class ShmTCP(TCP):
             options.update(AGREED)
         else:
             self._end_connection()
-            _meter(self.stream)
+            wire.meter(self.stream)
         return options
 
     def _agree(self, ours: Any, theirs: Any) -> bool:
@@ -181,7 +173,7 @@ class ShmTCP(TCP):
             },
             frame_split_size=_UNSPLIT,
         )
-        sizes = [_nbytes(frame) for frame in frames]
+        sizes = [wire.nbytes_of(frame) for frame in frames]
         threshold = link.pool.settings.threshold_bytes
         large = [i for i, nbytes in enumerate(sizes) if nbytes >= threshold]
         if not large or link.pool.closed:
@@ -194,7 +186,7 @@ class ShmTCP(TCP):
         wanted = []
         for index in large:
             link.numbers += 1
-            wanted.append(pool.Frame(index, link.numbers, frames[index], sizes[index]))
+            wanted.append(Frame(index, link.numbers, frames[index], sizes[index]))
         region = pool.region()
         shipment = None
         if sum(frame.nbytes for frame in wanted) <= _DIRECT_BYTES:
@@ -234,7 +226,7 @@ class ShmTCP(TCP):
         if stream is None or stream.closed():
             self._closed = True
             raise CommClosedError(f"in {self}: the stream is closed")
-        blob, separate = _pack(frames)
+        blob, separate = wire.pack(frames)
         length = sum(map(len, blob))
         head = b"".join([_LENGTH.pack(length | _FLAG if flag else length), *blob])
         total = len(head)
@@ -274,7 +266,7 @@ class ShmTCP(TCP):
             # At least two pieces at a time, so that the reader empties one while we fill another.
             size = min(left, _PIECE_BYTES, max(run // 2, _SMALLEST_PIECE_BYTES))
             link.numbers += 1
-            piece = pool.Frame(0, link.numbers, source[done : done + size].data, size)
+            piece = Frame(0, link.numbers, source[done : done + size].data, size)
             shipment = await _run(link.pool, link.pool.ship, link.outgoing, [piece], region)
             if shipment.tickets:
                 try:
@@ -351,10 +343,10 @@ class ShmTCP(TCP):
 
     async def _read_frames(self, shared: pool.Pool, connection: int, stream: IOStream) -> list[Any]:
         (length,) = _LENGTH.unpack(await stream.read_bytes(_LENGTH.size))
-        blob = await _read_buffer(stream, length & ~_FLAG)
+        blob = await wire.read_buffer(stream, length & ~_FLAG)
         frames, missing = unpack_frames(blob, partial=True)
         for nbytes in missing:
-            frames.append(await _read_buffer(stream, nbytes))
+            frames.append(await wire.read_buffer(stream, nbytes))
         total = _LENGTH.size + len(blob) + sum(missing)
         counters.count("received", "inline", total, len(frames))
         if length & _FLAG:
@@ -412,7 +404,7 @@ class ShmTCP(TCP):
                 await _run(shared, shared.take_piece, connection, number, part)
                 counters.count("received", "copied", size)
             else:
-                await _read_into(stream, part.data)
+                await wire.read_into(stream, part.data)
                 counters.count("received", "inline", size)
             done += size
         return target.data
@@ -451,63 +443,6 @@ def _undo(future: Future[Any]) -> None:
             undo()
 
 
-def _meter(stream: IOStream | None) -> None:
-    """Count what a comm without a pool receives: Dask's own read does not tell."""
-    if stream is None:
-        return
-    read_bytes, read_into = stream.read_bytes, stream.read_into
-
-    def metered_read_bytes(num_bytes: int, *args: Any, **kwargs: Any) -> Any:
-        counters.count("received", "inline", num_bytes)  # once a message: its length
-        return read_bytes(num_bytes, *args, **kwargs)
-
-    def metered_read_into(buf: Any, *args: Any, **kwargs: Any) -> Any:
-        counters.count("received", "inline", len(buf), frames=0)
-        return read_into(buf, *args, **kwargs)
-
-    stream.read_bytes = metered_read_bytes  # type: ignore[method-assign]
-    stream.read_into = metered_read_into  # type: ignore[method-assign]
-
-
-def _nbytes(frame: Any) -> int:
-    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
-
-
-def _flat(frame: Any) -> Any:
-    """Return a frame as something whose length is its size in bytes."""
-    if isinstance(frame, (bytes, bytearray)):
-        return frame
-    array = as_bytes(frame)
-    return memoryview(frame).tobytes() if array is None else array.data
-
-
-def _pack(frames: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Divide a message in what is sent as one buffer, and frames that get buffers of their own.
-
-    A large frame lives on in what is made of it: it must not keep its neighbours alive.
-    """
-    frames = [_flat(frame) for frame in frames]
-    prelude = pack_frames_prelude(frames)
-    total = len(prelude) + sum(map(len, frames))
-    if total < _JOIN_BYTES or (total < 32 << 20 and total // len(frames) < 32 << 10):
-        return [prelude, *frames], []
-    joined = 0
-    while joined < len(frames) and len(frames[joined]) < _JOIN_BYTES // 8:
-        joined += 1
-    return [prelude, *frames[:joined]], frames[joined:]
-
-
-async def _read_buffer(stream: IOStream, nbytes: int) -> memoryview:
-    buffer: memoryview = np.empty(nbytes, np.uint8).data
-    await _read_into(stream, buffer)
-    return buffer
-
-
-async def _read_into(stream: IOStream, buffer: memoryview) -> None:
-    for start in range(0, len(buffer), _READ_BYTES):
-        await stream.read_into(buffer[start : start + _READ_BYTES])  # type: ignore[arg-type]
-
-
 class ShmTLS(ShmTCP, TLS):
     """A TLS connection beside a shared pool (only with ``shm-bridge.tls``)."""
 
@@ -537,105 +472,6 @@ async def join_pool(comm: ShmTCP) -> None:
         counters.fallback("unsupported", str(error), frames=0)
     except PoolError as error:
         counters.fallback("no-pool", str(error), frames=0)
-
-
-class ShmConnectorMixin(BaseTCPConnector):
-    """Connectors whose comms may share a pool."""
-
-    async def connect(self, address: str, deserialize: bool = True, **kwargs: Any) -> Any:
-        """Connect, and have the pool at hand for the handshake."""
-        comm = await super().connect(address, deserialize=deserialize, **kwargs)
-        await join_pool(comm)
-        return comm
-
-
-class ShmListenerMixin(BaseTCPListener):
-    """Listeners whose comms may share a pool."""
-
-    async def on_connection(self, comm: Any, handshake_overrides: Any = None) -> None:
-        """Have the pool at hand for the handshake."""
-        await join_pool(comm)
-        await super().on_connection(comm, handshake_overrides)
-
-
-class ShmConnector(ShmConnectorMixin, TCPConnector):
-    """Connects to ``shm://`` addresses."""
-
-    prefix = "shm://"
-    comm_class = ShmTCP
-
-
-class ShmListener(ShmListenerMixin, TCPListener):
-    """Listens on ``shm://`` addresses."""
-
-    prefix = "shm://"
-    comm_class = ShmTCP
-
-
-class ShmTLSConnector(ShmConnectorMixin, TLSConnector):
-    """Connects to ``shm+tls://`` addresses."""
-
-    prefix = "shm+tls://"
-    comm_class = ShmTLS
-
-
-class ShmTLSListener(ShmListenerMixin, TLSListener):
-    """Listens on ``shm+tls://`` addresses."""
-
-    prefix = "shm+tls://"
-    comm_class = ShmTLS
-
-
-class ShmBackend(BaseTCPBackend):
-    """``shm://``: TCP for the control, the pool for the bytes."""
-
-    _connector_class: type[BaseTCPConnector] = ShmConnector
-    _listener_class: type[BaseTCPListener] = ShmListener
-
-
-class ShmTLSBackend(BaseTCPBackend):
-    """``shm+tls://``: the same over TLS; needs ``shm-bridge.tls`` to use the pool."""
-
-    _connector_class: type[BaseTCPConnector] = ShmTLSConnector
-    _listener_class: type[BaseTCPListener] = ShmTLSListener
-
-
-class NegotiatingConnector(ShmConnector):
-    """Connects to ``tcp://`` addresses; the peer may be a stock one."""
-
-    prefix = "tcp://"
-
-
-class NegotiatingListener(ShmListener):
-    """Listens on ``tcp://`` addresses; peers may be stock ones."""
-
-    prefix = "tcp://"
-
-
-class NegotiatingTLSConnector(ShmTLSConnector):
-    """Connects to ``tls://`` addresses; the peer may be a stock one."""
-
-    prefix = "tls://"
-
-
-class NegotiatingTLSListener(ShmTLSListener):
-    """Listens on ``tls://`` addresses; peers may be stock ones."""
-
-    prefix = "tls://"
-
-
-class NegotiatingBackend(BaseTCPBackend):
-    """In the place of ``tcp``: shares a pool with peers that have one."""
-
-    _connector_class: type[BaseTCPConnector] = NegotiatingConnector
-    _listener_class: type[BaseTCPListener] = NegotiatingListener
-
-
-class NegotiatingTLSBackend(BaseTCPBackend):
-    """In the place of ``tls``."""
-
-    _connector_class: type[BaseTCPConnector] = NegotiatingTLSConnector
-    _listener_class: type[BaseTCPListener] = NegotiatingTLSListener
 
 
 family.register()

@@ -228,6 +228,8 @@ class Ledger:
                     self._count(txn, extent, 1)
                     key = _TWO.pack(extent, self._next(txn))
                     self._put(txn, "lease", key, _ONE.pack(member))
+                    row = self._get(txn, "extent", _ONE.pack(extent))
+                    self._hold(txn, member, _EXTENT.unpack(row)[1])  # type: ignore[arg-type]
 
     def leave(self, members: Iterable[int]) -> int:
         """Take members away with all that is theirs; return how many extents became free."""

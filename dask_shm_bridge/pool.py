@@ -17,8 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,87 +32,19 @@ from dask_shm_bridge.errors import (
     LedgerError,
     PoolError,
 )
+from dask_shm_bridge.keeper import Keeper
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES
 from dask_shm_bridge.ledger import Grant, Part
-from dask_shm_bridge.views import Claim, Views
+from dask_shm_bridge.shipment import Frame, Received, Shipment
+from dask_shm_bridge.views import Views
 
 logger = logging.getLogger("dask_shm_bridge")
 
 T = TypeVar("T")
 
 HANDSHAKE_TIMEOUT_S = 0.05
-_POLL_S = 0.25
-_COALESCE_S = 0.001  # what ends together is given back in one transaction
 _SWEEP_EVERY_S = 1.0
-_DETACH_AGE_S = 0.5
-
-
-class Frame(NamedTuple):
-    """A frame of a message that should go through the pool.
-
-    `place` is where it stands in the message, `number` that of its ticket under the connection.
-    """
-
-    place: int
-    number: int
-    buffer: Any
-    nbytes: int
-
-
-class Shipment:
-    """The tickets of one message, until it is sent or given up.
-
-    Attributes
-    ----------
-    tickets : dict of int to int
-        Place in the message to ticket number.
-    refused : dict of int to str
-        Place in the message to the cause why the frame has no ticket.
-    copied, referenced : list of int
-        Bytes of the frames that were copied into the pool, and that were there already.
-    """
-
-    def __init__(self, pool: Pool, connection: int) -> None:
-        self._pool = pool
-        self._connection = connection
-        self.tickets: dict[int, int] = {}
-        self.refused: dict[int, str] = {}
-        self.copied: list[int] = []
-        self.referenced: list[int] = []
-
-    def undo(self) -> None:
-        """Take the tickets back: the message will not be sent."""
-        for number in self.tickets.values():
-            self._pool.events.put(("ticket", (self._connection, number)))
-        self.tickets.clear()
-
-
-class Received:
-    """The buffers of one message's tickets; whoever drops it drops their leases.
-
-    Attributes
-    ----------
-    buffers : list of memoryview
-        In the order of the tickets.
-    viewed, copied : list of int
-        Bytes of those that are views of the pool, and that had to be copied out.
-    waiting : list of (int, Grant)
-        Places in `buffers` that `Pool.copy_out` has yet to fill.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self.buffers: list[memoryview] = []
-        self.viewed: list[int] = []
-        self.copied: list[int] = []
-        self.waiting: list[tuple[int, Grant]] = []
-
-    def undo(self) -> None:
-        """Give back what no view will give back by itself."""
-        for _, grant in self.waiting:
-            self._pool.events.put(("lease", (grant.extent, grant.lease)))
-        self.waiting.clear()
-        self.buffers.clear()
+_RETRY_S = 5.0
 
 
 class Pool:
@@ -141,10 +73,7 @@ class Pool:
         self._jobs = ThreadPoolExecutor(4, thread_name_prefix="shm-bridge")
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
-        self._users = 0
-        self._forked = False
-        self._keeper = threading.Thread(target=self._keep, name="shm-bridge-keeper", daemon=True)
-        self._keeper.start()
+        self._keeper = Keeper(self, _retire)
 
     # --------------------------------------------------------------------------- from anywhere
 
@@ -181,7 +110,7 @@ class Pool:
         leases = [(c.grant.extent, c.grant.lease) for c in self.views.oldest()]
         if not leases:
             return None
-        self._forked = True
+        self.events.put(("forked", None))
         return self.attachment.guard(leases)
 
     # ------------------------------------------------------------------------- jobs for threads
@@ -203,7 +132,7 @@ class Pool:
         LedgerBusyError
             Only where `timeout_s` is given: no other error leaves this method.
         """
-        shipment = Shipment(self, connection)
+        shipment = Shipment(self.events, connection)
         try:
             self._ship(shipment, connection, frames, region, timeout_s)
         except ConnectionGoneError:
@@ -277,7 +206,7 @@ class Pool:
         missing = [(n, frame.nbytes) for n, frame in wanted.items() if n not in grants]
         if missing and timeout_s is not None:
             self.events.put(("sweep", None))  # the keeper has the time for it
-        elif missing and (refused or self._sweep()):
+        elif missing and (refused or self.sweep()):
             with contextlib.suppress(LedgerError):  # what was granted before is still to be filled
                 grants |= self.ledger.ship(self.member, connection, [], missing, region)[1]
         return grants
@@ -311,7 +240,7 @@ class Pool:
         StaleTicketError, LedgerError
             If they can't be had; then none was adopted.
         """
-        received = Received(self)
+        received = Received(self.events)
         grants = self.ledger.adopt(self.member, connection, numbers, timeout_s)
         limit = self.settings.hold_limit * self.layout.size_bytes
         for place, grant in enumerate(grants):
@@ -399,119 +328,13 @@ class Pool:
             )
             self._committed[first:last] = b"\1" * (last - first)
 
-    def _sweep(self) -> int:
+    def sweep(self) -> int:
         """Look for dead members, at most once a second; return how many extents became free."""
         now = time.monotonic()
         if now - self._last_sweep < _SWEEP_EVERY_S:
             return 0
         self._last_sweep = now
         return self.attachment.sweep()
-
-    # ---------------------------------------------------------------------------- the keeper
-
-    def _keep(self) -> None:
-        """Give back what has ended, until the process leaves the pool."""
-        pending: list[tuple[str, Any]] = []
-        self._pressure: int | None = None
-        self._idle_since: float | None = None
-        self._next_look = 0.0
-        while not self.closed:
-            events = self._wait_for_events(bool(pending))
-            try:
-                ended = [value for kind, value in events if kind == "view"]
-                pending += [("lease", lease) for lease in self.views.ended(ended)]
-                pending += [e for e in events if e[0] in ("lease", "ticket", "connection")]
-                pending = self._give_back(pending)
-                self._users += sum(value for kind, value in events if kind == "user")
-                if any(kind == "trim" for kind, _ in events):
-                    self._trim()
-                self._relieve()
-                if self._forked or any(kind == "sweep" for kind, _ in events):
-                    self._sweep()
-                for kind, value in events:
-                    if kind == "call":
-                        value()
-                if self._idle(bool(pending)) and _retire(self):
-                    return
-            except Exception:  # the keeper must live as long as its pool
-                logger.exception("the keeper of the pool in %s met an error", self.path)
-
-    def _wait_for_events(self, pending: bool) -> list[tuple[str, Any]]:
-        timeout: float | None = None
-        if pending:
-            timeout = 0.05
-        elif len(self.views) or self._users <= 0 or self._forked:
-            timeout = min(_POLL_S, max(0.01, self.settings.linger_s))
-        try:
-            events = [self.events.get(timeout=timeout)]
-        except Empty:
-            return []
-        time.sleep(_COALESCE_S)
-        while True:
-            try:
-                events.append(self.events.get_nowait())
-            except Empty:
-                return events
-
-    def _give_back(self, pending: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        """Return what could not be given back yet."""
-        if pending:
-            try:
-                self.ledger.give_back(
-                    leases=[value for kind, value in pending if kind == "lease"],
-                    tickets=[value for kind, value in pending if kind == "ticket"],
-                    connections=[value for kind, value in pending if kind == "connection"],
-                )
-            except LedgerError as error:
-                logger.debug("the ledger was not had to give leases back: %s", error)
-                return pending
-        return []
-
-    def _idle(self, pending: bool) -> bool:
-        """Say whether nothing of this process has been in the pool for the linger time."""
-        if pending or self._users > 0 or len(self.views):
-            self._idle_since = None
-            return False
-        now = time.monotonic()
-        if self._idle_since is None:
-            self._idle_since = now
-        return now - self._idle_since >= self.settings.linger_s
-
-    def _detach(self, claim: Claim) -> int:
-        lease = self.views.detach(claim)
-        if lease is None:
-            return 0
-        counters.fallback("detached")
-        self.events.put(("lease", lease))
-        return claim.grant.nbytes
-
-    def _trim(self) -> None:
-        """Detach this process's oldest views, down to three quarters of its hold-limit."""
-        limit = 0.75 * self.settings.hold_limit * self.layout.size_bytes
-        for claim in self.views.oldest():
-            if self.views.leased_bytes <= limit:
-                break
-            self._detach(claim)
-
-    def _relieve(self) -> None:
-        """Detach this process's older views where somebody has wanted their space in vain."""
-        now = time.monotonic()
-        if not len(self.views) or now < self._next_look:
-            return
-        self._next_look = now + _POLL_S
-        with contextlib.suppress(LedgerError):
-            want = self.ledger.pressure()
-            seen, self._pressure = self._pressure, want.number
-            if seen is None or seen == want.number:
-                return
-            windows = self.layout.windows(want.region, want.nbytes)
-            freed = 0
-            for claim in self.views.oldest():
-                inside = any(first <= claim.grant.offset < last for first, last in windows)
-                if inside and now - claim.born >= _DETACH_AGE_S:
-                    freed += self._detach(claim)
-                if freed >= 2 * want.nbytes:
-                    break
 
     # ------------------------------------------------------------------------------- leaving
 
@@ -527,15 +350,14 @@ class Pool:
         if self.closed or self.pid != os.getpid():
             return
         self.closed = True
-        self.events.put(("stop", None))
-        if threading.current_thread() is not self._keeper:
-            self._keeper.join(10)
+        self._keeper.stop()
         self._jobs.shutdown(wait=True, cancel_futures=True)
         self._copier.close()
         self.attachment.leave()
 
 
 _pools: dict[str, Pool] = {}
+_refused: dict[Settings, tuple[float, PoolError]] = {}
 _registry = threading.RLock()
 
 
@@ -550,14 +372,24 @@ def attach(settings: Settings | None = None) -> Pool:
     Raises
     ------
     PoolError
-        If there is none to be had; the message says why and what to do.
+        If there is none to be had; the message says why and what to do. The same error is
+        raised again for some seconds without another try: connections would wait for each.
     """
     settings = settings or Settings.from_config()
     key = settings.path or ""
     with _registry:
         pool = _pools.get(key)
-        if pool is None or pool.closed:
+        if pool is not None and not pool.closed:
+            return pool
+        until, error = _refused.get(settings, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+        try:
             pool = _pools[key] = Pool(folder.attach(settings, role()), settings)
+        except PoolError as error:
+            _refused[settings] = (time.monotonic() + _RETRY_S, error)
+            raise
+        _refused.pop(settings, None)
         return pool
 
 

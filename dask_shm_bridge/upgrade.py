@@ -27,16 +27,16 @@ from typing import Any
 from distributed.comm import registry
 from distributed.comm.tcp import TCP, TLS, TCPListener, TLSListener
 
+from dask_shm_bridge import backends, memory
 from dask_shm_bridge import comm as shm
-from dask_shm_bridge import memory
 
 logger = logging.getLogger("dask_shm_bridge")
 
 OPERATION = "shm_bridge_upgrade"
 _COMMS: dict[type, type] = {TCP: shm.ShmTCP, TLS: shm.ShmTLS}
 _LISTENERS: dict[type, type] = {
-    TCPListener: shm.NegotiatingListener,
-    TLSListener: shm.NegotiatingTLSListener,
+    TCPListener: backends.NegotiatingListener,
+    TLSListener: backends.NegotiatingTLSListener,
 }
 _ATTEMPTS = 20
 
@@ -44,8 +44,8 @@ _ATTEMPTS = 20
 def install() -> None:
     """Put the negotiating comm in the place of ``tcp`` and ``tls``. May be called again."""
     for scheme, backend in (
-        ("tcp", shm.NegotiatingBackend),
-        ("tls", shm.NegotiatingTLSBackend),
+        ("tcp", backends.NegotiatingBackend),
+        ("tls", backends.NegotiatingTLSBackend),
     ):
         if not isinstance(registry.backends.get(scheme), backend):
             registry.backends[scheme] = backend()

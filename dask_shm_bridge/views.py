@@ -102,6 +102,7 @@ class Views:
         self._ranges: list[list[Claim]] = []  # the claims, in the same order
         self._claims: dict[int, Claim] = {}
         self._number = 0
+        self._leased_bytes = 0
         self._shared: Any = None
 
     @property
@@ -152,6 +153,7 @@ class Views:
                 starts.insert(place, first)
                 ranges.insert(place, claim)
                 self._claims[claim.number] = claim
+                self._leased_bytes += grant.nbytes
                 return view.data
         return None
 
@@ -205,6 +207,7 @@ class Views:
                 leases.append((claim.grant.extent, claim.grant.lease))
             with self._lock:
                 del self._claims[number]
+                self._leased_bytes -= claim.grant.nbytes if claim.leased else 0
                 ranges = self._ranges[claim.mapping]
                 place = bisect.bisect_left(self._starts[claim.mapping], claim.first)
                 assert ranges[place] is claim
@@ -226,6 +229,7 @@ class Views:
             return None
         with self._lock:
             claim.leased = False
+            self._leased_bytes -= claim.grant.nbytes
         return claim.grant.extent, claim.grant.lease
 
     def oldest(self) -> list[Claim]:
@@ -245,5 +249,4 @@ class Views:
     @property
     def leased_bytes(self) -> int:
         """Bytes of living views that still hold a lease."""
-        with self._lock:
-            return sum(claim.grant.nbytes for claim in self._claims.values() if claim.leased)
+        return self._leased_bytes

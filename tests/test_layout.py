@@ -52,7 +52,7 @@ def test_golden_bytes_of_the_header():
 
 def test_golden_figures():
     # A change of any of these is a change of the format.
-    assert (GRAIN_BYTES, HEADER_BYTES, FORMAT_VERSION) == (65536, 2 * MiB, 1)
+    assert (65536, 2 * MiB, 1) == (GRAIN_BYTES, HEADER_BYTES, FORMAT_VERSION)
     assert REGION_NAMES == ("input", "output", "scratch")
     assert Layout() == Layout(256 * MiB, (4, 4, 8))
     assert Layout().size_bytes == 4 * 1024**3
@@ -111,8 +111,8 @@ def test_a_slot_is_whole_grains(slot):
         Layout(slot, (1, 1, 1))
 
 
-@pytest.mark.parametrize("slots", [(0, 0, 0), (-1, 1, 1), (1, 2), (1, 1, 1, 1), ()])
-def test_regions_are_three_and_not_all_empty(slots):
+@pytest.mark.parametrize("slots", [(0, 0, 0), (-1, 1, 1), (1, 1, -1)])
+def test_regions_are_not_negative_and_not_all_empty(slots):
     with pytest.raises(PoolError, match="regions"):
         Layout(GRAIN_BYTES, slots)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from conftest import MEMORY, eventually
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     Bundle,
@@ -36,8 +37,6 @@ from dask_shm_bridge.errors import (
 )
 from dask_shm_bridge.layout import GRAIN_BYTES, REGION_NAMES, Layout, grains
 from dask_shm_bridge.ledger import Grant, Ledger, Part
-
-from conftest import MEMORY, eventually
 
 LAYOUT = Layout(4 * GRAIN_BYTES, (2, 1, 3))
 SLOT = LAYOUT.slot_bytes
@@ -412,6 +411,22 @@ class LedgerMachine(RuleBasedStateMachine):
         for ticket in tickets:
             self.model.ticket.pop(ticket, None)
         assert freed == self.model.collect()
+
+    @rule(target=members, kept=st.lists(leases, max_size=4))
+    def guard(self, kept):
+        """A fork: a member beside others, with leases beside theirs."""
+        self.count += 1
+        member = self.count * 7919
+        before = set(self.ledger.snapshot()["lease"])
+        self.ledger.guard(member, self.count, kept)
+        self.model.member[member] = self.count
+        made = [lease for lease in self.ledger.snapshot()["lease"] if lease not in before]
+        self.fresh(*[lease for _, lease in made])
+        there = [extent for extent, lease in kept if (extent, lease) in self.model.lease]
+        assert sorted(extent for extent, _ in made) == sorted(there)
+        for lease in made:
+            self.model.lease[lease] = member
+        return member
 
     @rule()
     def give_back_what_never_was(self):

@@ -13,6 +13,10 @@ from dask_shm_bridge.benchmarks.payload import Words, consume, echo_size, genera
 class RayWay(Way):
     """One local Ray instance with two actors in the place of Dask's workers.
 
+    Ray copies a result into its store while the task that makes it ends, before the clock of
+    ``gather`` and ``worker-to-worker`` starts: those two leave out a copy that Dask's have. What
+    Ray hands out is read-only.
+
     Parameters
     ----------
     workers

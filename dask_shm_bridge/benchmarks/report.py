@@ -119,10 +119,10 @@ def _figures(m: Measurement, ratio: dict[str, Any]) -> tuple[str, ...]:
     if m.error or not m.seconds:
         return ("failed", "", "", "", str(len(m.seconds)))
     return (
-        f"{(m.median or 0) * 1e3:.2f}",
-        f"{min(m.seconds) * 1e3:.2f} .. {max(m.seconds) * 1e3:.2f}",
-        _ratio_text(ratio["tcp_over_this"]),
-        _ratio_text(ratio["this_over_memcpy"]),
+        _text((m.median or 0) * 1e3),
+        f"{_text(min(m.seconds) * 1e3)} .. {_text(max(m.seconds) * 1e3)}",
+        _text(ratio["tcp_over_this"]),
+        _text(ratio["this_over_memcpy"]),
         str(len(m.seconds)),
     )
 
@@ -131,7 +131,7 @@ def _quotient(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _ratio_text(ratio: float | None) -> str:
-    if ratio is None:
+def _text(number: float | None) -> str:
+    if number is None:
         return "-"
-    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}"
+    return f"{number:.2f}" if number < 100 else f"{number:.0f}"

@@ -1,0 +1,164 @@
+"""The keeper: one thread of a process that gives back to the pool what has ended.
+
+Finalizers, comms and copies only put events on the pool's queue. The keeper turns them into ledger
+transactions, looks whether somebody wants the space of this process's old views, and leaves the
+pool when nobody here has used it for a while.
+
+Events are pairs of a kind and a value: ``view`` (number of a claim whose arrays died), ``lease``
+(extent, lease), ``ticket`` (connection, number), ``connection`` (id), ``user`` (+1 or -1),
+``trim``, ``sweep``, ``forked``, ``call`` (a function) and ``stop``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty
+from typing import TYPE_CHECKING, Any
+
+from dask_shm_bridge import counters
+from dask_shm_bridge.errors import LedgerError
+from dask_shm_bridge.views import Claim
+
+if TYPE_CHECKING:
+    from dask_shm_bridge.pool import Pool
+
+logger = logging.getLogger("dask_shm_bridge")
+
+_POLL_S = 0.25
+_COALESCE_S = 0.001  # what ends together is given back in one transaction
+_DETACH_AGE_S = 0.5
+
+
+class Keeper:
+    """Serves one pool until it is closed.
+
+    Parameters
+    ----------
+    pool : Pool
+        Whose events to serve.
+    retire : callable
+        Asked to leave the pool once it has been idle for the linger time; False if it can't.
+    """
+
+    def __init__(self, pool: Pool, retire: Callable[[Pool], bool]) -> None:
+        self._pool = pool
+        self._retire = retire
+        self._users = 0
+        self._forked = False
+        self._pressure: int | None = None
+        self._idle_since: float | None = None
+        self._next_look = 0.0
+        self._thread = threading.Thread(target=self._run, name="shm-bridge-keeper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what it has not given back, leaving the pool gives back."""
+        self._pool.events.put(("stop", None))
+        if threading.current_thread() is not self._thread:
+            self._thread.join(10)
+
+    def _run(self) -> None:
+        """Give back what has ended, until the process leaves the pool."""
+        pending: list[tuple[str, Any]] = []
+        while not self._pool.closed:
+            events = self._wait_for_events(bool(pending))
+            try:
+                ended = [value for kind, value in events if kind == "view"]
+                pending += [("lease", lease) for lease in self._pool.views.ended(ended)]
+                pending += [e for e in events if e[0] in ("lease", "ticket", "connection")]
+                pending = self._give_back(pending)
+                self._users += sum(value for kind, value in events if kind == "user")
+                if any(kind == "trim" for kind, _ in events):
+                    self._trim()
+                self._relieve()
+                self._forked |= any(kind == "forked" for kind, _ in events)
+                if self._forked or any(kind == "sweep" for kind, _ in events):
+                    self._pool.sweep()
+                for kind, value in events:
+                    if kind == "call":
+                        value()
+                if self._idle(bool(pending)) and self._retire(self._pool):
+                    return
+            except Exception:  # the keeper must live as long as its pool
+                logger.exception("the keeper of the pool in %s met an error", self._pool.path)
+
+    def _wait_for_events(self, pending: bool) -> list[tuple[str, Any]]:
+        timeout: float | None = None
+        if pending:
+            timeout = 0.05
+        elif len(self._pool.views) or self._users <= 0 or self._forked:
+            timeout = min(_POLL_S, max(0.01, self._pool.settings.linger_s))
+        try:
+            events = [self._pool.events.get(timeout=timeout)]
+        except Empty:
+            return []
+        time.sleep(_COALESCE_S)
+        while True:
+            try:
+                events.append(self._pool.events.get_nowait())
+            except Empty:
+                return events
+
+    def _give_back(self, pending: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Return what could not be given back yet."""
+        if pending:
+            try:
+                self._pool.ledger.give_back(
+                    leases=[value for kind, value in pending if kind == "lease"],
+                    tickets=[value for kind, value in pending if kind == "ticket"],
+                    connections=[value for kind, value in pending if kind == "connection"],
+                )
+            except LedgerError as error:
+                logger.debug("the ledger was not had to give leases back: %s", error)
+                return pending
+        return []
+
+    def _idle(self, pending: bool) -> bool:
+        """Say whether nothing of this process has been in the pool for the linger time."""
+        if pending or self._users > 0 or len(self._pool.views):
+            self._idle_since = None
+            return False
+        now = time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        return now - self._idle_since >= self._pool.settings.linger_s
+
+    def _detach(self, claim: Claim) -> int:
+        lease = self._pool.views.detach(claim)
+        if lease is None:
+            return 0
+        counters.fallback("detached")
+        self._pool.events.put(("lease", lease))
+        return claim.grant.nbytes
+
+    def _trim(self) -> None:
+        """Detach this process's oldest views, down to three quarters of its hold-limit."""
+        limit = 0.75 * self._pool.settings.hold_limit * self._pool.layout.size_bytes
+        for claim in self._pool.views.oldest():
+            if self._pool.views.leased_bytes <= limit:
+                break
+            self._detach(claim)
+
+    def _relieve(self) -> None:
+        """Detach this process's older views where somebody has wanted their space in vain."""
+        now = time.monotonic()
+        if not len(self._pool.views) or now < self._next_look:
+            return
+        self._next_look = now + _POLL_S
+        with contextlib.suppress(LedgerError):
+            want = self._pool.ledger.pressure()
+            seen, self._pressure = self._pressure, want.number
+            if seen is None or seen == want.number:
+                return
+            windows = self._pool.layout.windows(want.region, want.nbytes)
+            freed = 0
+            for claim in self._pool.views.oldest():
+                inside = any(first <= claim.grant.offset < last for first, last in windows)
+                if inside and now - claim.born >= _DETACH_AGE_S:
+                    freed += self._detach(claim)
+                if freed >= 2 * want.nbytes:
+                    break

@@ -1,0 +1,723 @@
+"""The contract of `mapping`: files, locks and copy-on-write mappings, on whatever platform."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import errno
+import mmap
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MEMORY, eventually
+
+import dask_shm_bridge
+from dask_shm_bridge import mapping
+from dask_shm_bridge.errors import PoolUnsafeError
+
+PACKAGE = Path(dask_shm_bridge.__file__).parent
+PAGE = mmap.PAGESIZE
+
+supported = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
+as_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can do this"
+)
+
+
+@pytest.fixture
+def directory():
+    """Yield a private folder in memory, and its path."""
+    path = MEMORY / f"mapping-{os.getpid()}-{secrets.token_hex(4)}"
+    mapping.create_directory(str(path))
+    fd = mapping.open_directory(str(path))
+    yield fd, path
+    os.close(fd)
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def file(directory):
+    """Yield a pool file of 64 pages that hold their own numbers."""
+    fd = mapping.open_file("pool", dir_fd=directory[0], exclusive=True)
+    os.ftruncate(fd, 64 * PAGE)
+    mapping.commit(fd, 0, 64 * PAGE)
+    os.pwrite(fd, np.repeat(np.arange(1, 65, dtype=np.uint8), PAGE).data, 0)
+    yield fd
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def tmpfs(path, size):
+    """Mount a small file system of memory; skip where that can't be done."""
+    path.mkdir(mode=0o700)
+    line = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", str(path)]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"mount is not allowed: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+# ------------------------------------------------------------------------ folders and files
+
+
+@supported
+def test_what_is_made_is_private(directory):
+    fd, path = directory
+    assert path.stat().st_mode & 0o777 == 0o700
+    mapping.create_directory("sub", dir_fd=fd)
+    assert (path / "sub").stat().st_mode & 0o777 == 0o700
+    os.close(mapping.open_directory("sub", dir_fd=fd))
+    os.close(mapping.open_file("new", dir_fd=fd, create=True))
+    assert (path / "new").stat().st_mode & 0o777 == 0o600
+    os.close(mapping.open_file("new", dir_fd=fd, create=True))
+    with pytest.raises(FileExistsError):
+        mapping.open_file("new", dir_fd=fd, exclusive=True)
+    with pytest.raises(FileExistsError):
+        mapping.create_directory("sub", dir_fd=fd)
+
+
+@supported
+def test_what_is_not_there(directory):
+    with pytest.raises(FileNotFoundError):
+        mapping.open_file("none", dir_fd=directory[0])
+    with pytest.raises(FileNotFoundError):
+        mapping.open_directory("none", dir_fd=directory[0])
+
+
+@supported
+def test_folders_that_are_refused(directory):
+    fd, path = directory
+    (path / "real").mkdir(mode=0o700)
+    (path / "link").symlink_to("real")
+    (path / "dangling").symlink_to("nowhere")
+    (path / "file").touch(mode=0o600)
+    os.mkfifo(path / "fifo", 0o600)
+    for name in ("link", "dangling", "file", "fifo"):
+        with pytest.raises(PoolUnsafeError, match=name):
+            mapping.open_directory(name, dir_fd=fd)
+    for mode in (0o701, 0o710, 0o750, 0o720, 0o777):
+        (path / "real").chmod(mode)
+        with pytest.raises(PoolUnsafeError, match=f"{mode:o}"):
+            mapping.open_directory("real", dir_fd=fd)
+    with pytest.raises(PoolUnsafeError, match="link or no folder"):
+        mapping.open_directory(str(path / "link"))
+
+
+@supported
+def test_files_that_are_refused(directory):
+    fd, path = directory
+    (path / "real").touch(mode=0o600)
+    (path / "link").symlink_to("real")
+    (path / "dangling").symlink_to("nowhere")
+    (path / "folder").mkdir(mode=0o700)
+    os.mkfifo(path / "fifo", 0o600)
+    for name in ("link", "dangling", "folder", "fifo"):
+        for options in ({}, {"create": True}):
+            with pytest.raises(PoolUnsafeError, match=name):
+                mapping.open_file(name, dir_fd=fd, **options)
+    assert not (path / "nowhere").exists()
+    for mode in (0o601, 0o604, 0o620, 0o640, 0o666):
+        (path / "real").chmod(mode)
+        with pytest.raises(PoolUnsafeError, match=f"{mode:o}"):
+            mapping.open_file("real", dir_fd=fd)
+    os.close(mapping.open_file("mine", dir_fd=fd, create=True))
+
+
+@supported
+def test_a_refused_file_or_folder_is_closed_again(directory):
+    fd, path = directory
+    (path / "folder").mkdir()
+    (path / "folder").chmod(0o777)
+    (path / "file").touch()
+    (path / "file").chmod(0o666)
+    os.mkfifo(path / "fifo", 0o600)
+    before = len(os.listdir("/proc/self/fd"))
+    for opening, name in (
+        (mapping.open_directory, "folder"),
+        (mapping.open_file, "file"),
+        (mapping.open_file, "fifo"),
+    ):
+        with pytest.raises(PoolUnsafeError):
+            opening(name, dir_fd=fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@supported
+@as_root
+def test_what_belongs_to_others_is_refused(directory):
+    fd, path = directory
+    (path / "folder").mkdir(mode=0o700)
+    (path / "file").touch(mode=0o600)
+    for name in ("folder", "file"):
+        os.chown(path / name, 12345, -1)
+    with pytest.raises(PoolUnsafeError, match="user 12345"):
+        mapping.open_directory("folder", dir_fd=fd)
+    with pytest.raises(PoolUnsafeError, match="user 12345"):
+        mapping.open_file("file", dir_fd=fd)
+
+
+@supported
+def test_nothing_is_inherited_by_other_programs(directory):
+    one = mapping.open_file("one", dir_fd=directory[0], create=True)
+    assert not os.get_inheritable(one)
+    assert not os.get_inheritable(directory[0])
+    os.close(one)
+
+
+@supported
+@as_root
+def test_commit_reports_a_full_file_system(tmp_path):
+    with tmpfs(tmp_path / "small", "1m") as path:
+        fd = mapping.open_directory(str(path))
+        assert mapping.filesystem_bytes(fd) == 1 << 20
+        file = mapping.open_file("pool", dir_fd=fd, exclusive=True)
+        try:
+            os.ftruncate(file, 16 << 20)
+            mapping.commit(file, 0, 256 * 1024)
+            mapping.commit(file, 0, 256 * 1024)  # again takes nothing more
+            with pytest.raises(OSError, match="No space") as caught:
+                mapping.commit(file, 256 * 1024, 4 << 20)
+            assert caught.value.errno == errno.ENOSPC
+            mapping.commit(file, 0, 256 * 1024)
+            shared = mapping.Mapping(file, 16 << 20, private=False)
+            shared.array[: 256 * 1024] = 7  # what was committed is no SIGBUS
+            del shared
+        finally:
+            os.close(file)
+            os.close(fd)
+
+
+@supported
+def test_boot_id_is_the_same_in_another_process(python):
+    code = "from dask_shm_bridge import mapping; print(mapping.boot_id())"
+    assert python(code).stdout.strip() == mapping.boot_id()
+    assert re.fullmatch("[0-9a-f-]{36}", mapping.boot_id())
+
+
+# ---------------------------------------------------------------------------------- locks
+
+LOCK = """
+import os, signal
+from dask_shm_bridge import mapping
+base = mapping.open_directory(sys.argv[1])
+"""
+
+
+@supported
+def test_a_lock_excludes_other_processes(directory, child):
+    fd, path = directory
+    lock = mapping.open_file("lock", dir_fd=fd, create=True)
+    other = child(
+        LOCK
+        + """
+lock = mapping.open_file("lock", dir_fd=base)
+while True:
+    what = hear()
+    say(mapping.try_lock(lock) if what == "lock" else mapping.unlock(lock))
+""",
+        path,
+    )
+    try:
+        assert mapping.try_lock(lock)
+        assert other.ask("lock") is False
+        mapping.unlock(lock)
+        assert other.ask("lock") is True
+        assert mapping.try_lock(lock) is False
+        other.ask("unlock")
+        assert mapping.try_lock(lock)
+        mapping.unlock(lock)
+        assert other.ask("lock") is True
+        other.kill()  # and a killed process holds nothing
+        assert mapping.try_lock(lock)
+    finally:
+        os.close(lock)
+
+
+@supported
+def test_a_member_lives_until_it_closes_or_dies(directory, child):
+    fd, path = directory
+    assert mapping.is_alive("nobody", dir_fd=fd) is False
+    script = (
+        LOCK
+        + """
+member = mapping.MemberLock(sys.argv[2], dir_fd=base)
+say()
+hear()
+member.close()
+member.close()
+say()
+hear()
+"""
+    )
+    one, two = child(script, path, "one"), child(script, path, "two")
+    one.hear()
+    two.hear()
+    for _ in range(3):  # asking changes nothing
+        assert mapping.is_alive("one", dir_fd=fd)
+    one.ask()
+    assert not mapping.is_alive("one", dir_fd=fd)
+    assert (path / "one").exists()
+    os.kill(two.pid, signal.SIGSTOP)
+    assert mapping.is_alive("two", dir_fd=fd), "stopped is not dead"
+    two.kill()
+    assert not mapping.is_alive("two", dir_fd=fd)
+    with pytest.raises(FileExistsError):
+        mapping.MemberLock("one", dir_fd=fd)
+
+
+@supported
+def test_a_member_lives_through_its_fork_and_not_in_it(directory, child):
+    """Neither does the child's end take the lock away, nor does the child keep it."""
+    fd, path = directory
+    other = child(
+        LOCK
+        + """
+member = mapping.MemberLock("one", dir_fd=base)
+pid = os.fork()
+if not pid:
+    assert mapping.is_alive("one", dir_fd=base)  # opens and closes the parent's file
+    member.close()
+    os._exit(0)
+os.waitpid(pid, 0)
+say()
+hear()
+pid = os.fork()
+if not pid:
+    say(os.getpid())
+    signal.pause()
+hear()
+os._exit(0)
+""",
+        path,
+    )
+    other.hear()
+    assert mapping.is_alive("one", dir_fd=fd)
+    orphan = other.ask()
+    try:
+        assert mapping.is_alive("one", dir_fd=fd)
+        other.say()
+        other.process.wait(10)
+        assert not mapping.is_alive("one", dir_fd=fd)
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+@supported
+def test_a_guard_lives_as_long_as_a_child_that_inherited_it(directory, child):
+    """The opposite of a member's lock: the parent closes it, and may die."""
+    fd, path = directory
+    name = f"{mapping.GUARD_PREFIX}1"
+    other = child(
+        LOCK
+        + """
+guard = mapping.GuardLock(sys.argv[2], dir_fd=base)
+pids = []
+for _ in range(2):
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    pids.append(pid)
+guard.close()
+guard.close()
+say(pids)
+hear()
+""",
+        path,
+        name,
+    )
+    pids = other.hear()
+    try:
+        for _ in range(3):  # asking changes nothing
+            assert mapping.is_alive(name, dir_fd=fd)
+        other.kill()
+        os.kill(pids[0], signal.SIGKILL)
+        assert mapping.is_alive(name, dir_fd=fd)
+        os.kill(pids[1], signal.SIGKILL)
+        assert eventually(lambda: not mapping.is_alive(name, dir_fd=fd))
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert mapping.is_alive(f"{mapping.GUARD_PREFIX}nobody", dir_fd=fd) is False
+    with pytest.raises(FileExistsError):
+        mapping.GuardLock(name, dir_fd=fd)
+
+
+@supported
+def test_a_guard_is_not_inherited_by_another_program(directory, child):
+    fd, path = directory
+    name = f"{mapping.GUARD_PREFIX}1"
+    other = child(
+        LOCK
+        + """
+import subprocess
+guard = mapping.GuardLock(sys.argv[2], dir_fd=base)
+sleeper = subprocess.Popen(["sleep", "60"], close_fds=False, preexec_fn=lambda: None)
+guard.close()
+say()
+hear()
+sleeper.kill()
+sleeper.wait()
+""",
+        path,
+        name,
+    )
+    other.hear()
+    assert eventually(lambda: not mapping.is_alive(name, dir_fd=fd))
+    other.say()
+    other.wait()
+
+
+# -------------------------------------------------------------------------------- mappings
+
+
+@supported
+def test_a_private_mapping_is_isolated_both_ways(file):
+    shared = mapping.Mapping(file, 64 * PAGE, private=False)
+    one = mapping.Mapping(file, 64 * PAGE, private=True)
+    two = mapping.Mapping(file, 64 * PAGE, private=True)
+    assert one.array.flags.writeable
+    one.array[0] = 100  # seen by nobody
+    assert (one.array[0], two.array[0], shared.array[0]) == (100, 1, 1)
+    shared.array[0] = 50  # seen where the page is still the file's
+    assert (one.array[0], two.array[0]) == (100, 50)
+    assert one.array[1] == 1  # the rest of the page came along at the first write
+    shared.array[1] = 60
+    assert (one.array[1], two.array[1]) == (1, 60)
+    shared.array[PAGE] = 70
+    assert one.array[PAGE] == two.array[PAGE] == 70
+    assert os.pread(file, 2, 0) == b"\x32\x3c"
+
+
+@supported
+def test_it_outlives_the_descriptor(file):
+    copy = os.dup(file)
+    one = mapping.Mapping(copy, 64 * PAGE, private=True)
+    os.close(copy)
+    assert one.array[63 * PAGE] == 64
+
+
+@supported
+@pytest.mark.parametrize("page", [0, 1, 31, 63])
+@pytest.mark.parametrize("byte", [0, PAGE // 2, PAGE - 1])
+def test_written_is_exact(file, page, byte):
+    one = mapping.Mapping(file, 64 * PAGE, private=True)
+    assert one.array.sum() > 0  # all pages present, none written
+    assert not one.written(0, 64 * PAGE)
+    one.array[page * PAGE + byte] = one.array[page * PAGE + byte]  # the same value is a write too
+    assert [one.written(n * PAGE, PAGE) for n in range(64)] == [n == page for n in range(64)]
+    assert one.written(0, 64 * PAGE)
+    assert not one.written(0, page * PAGE) or page == 0
+    assert not one.written((page + 1) * PAGE, (63 - page) * PAGE)
+    # a range counts with all pages that it touches
+    assert one.written(page * PAGE + PAGE - 1, 1)
+    assert one.written(page * PAGE, 1)
+    if page:
+        assert one.written(page * PAGE - 1, 2)
+        assert not one.written(page * PAGE - 1, 1)
+    if page < 63:
+        assert not one.written((page + 1) * PAGE, 1)
+
+
+@supported
+def test_untouched_and_read_pages_are_not_written(file):
+    one = mapping.Mapping(file, 64 * PAGE, private=True)
+    assert not one.written(0, 64 * PAGE)
+    assert bytes(one.array[5 * PAGE : 7 * PAGE]) == b"\6" * PAGE + b"\7" * PAGE
+    assert not one.written(0, 64 * PAGE)
+    shared = mapping.Mapping(file, 64 * PAGE, private=False)
+    shared.array[:] = 9  # by others
+    assert not one.written(0, 64 * PAGE)
+    assert one.array[0] == 9
+
+
+@supported
+def test_written_over_many_pages(directory):
+    """More pages than are looked up at a time."""
+    nbytes = 600 << 20
+    fd = mapping.open_file("large", dir_fd=directory[0], exclusive=True)
+    try:
+        os.ftruncate(fd, nbytes)
+        one = mapping.Mapping(fd, nbytes, private=True)
+        assert not one.written(0, nbytes)
+        one.array[-1] = 1
+        assert one.written(0, nbytes)
+        assert not one.written(0, nbytes - PAGE)
+        one.drop(nbytes - PAGE, PAGE)
+        one.array[512 << 20] = 1  # the first of the second look
+        assert one.written(0, nbytes)
+        assert not one.written(0, 512 << 20)
+        assert not one.written((512 << 20) + PAGE, nbytes - (512 << 20) - PAGE)
+    finally:
+        os.close(fd)
+
+
+@supported
+def test_drop_shows_the_file_again(file):
+    one = mapping.Mapping(file, 64 * PAGE, private=True)
+    shared = mapping.Mapping(file, 64 * PAGE, private=False)
+    one.array[: 4 * PAGE] = 200
+    shared.array[: 4 * PAGE] = 100
+    one.drop(PAGE, 2 * PAGE)
+    assert [int(one.array[n * PAGE]) for n in range(4)] == [200, 100, 100, 200]
+    assert [one.written(n * PAGE, PAGE) for n in range(4)] == [True, False, False, True]
+    one.array[PAGE] = 1
+    assert one.written(PAGE, PAGE)
+    assert shared.array[PAGE] == 100
+
+
+@supported
+def test_privatise_keeps_bytes_and_writes(file):
+    one = mapping.Mapping(file, 64 * PAGE, private=True)
+    shared = mapping.Mapping(file, 64 * PAGE, private=False)
+    one.array[3 * PAGE] = 200
+    one.privatise(2 * PAGE, 3 * PAGE)
+    shared.array[:] = 0
+    assert [int(one.array[n * PAGE]) for n in range(1, 6)] == [0, 3, 200, 5, 0]
+    assert one.array[3 * PAGE + 1] == 4
+    assert [one.written(n * PAGE, PAGE) for n in range(1, 6)] == [False, True, True, True, False]
+    one.drop(2 * PAGE, 3 * PAGE)
+    assert not one.array[2 * PAGE : 5 * PAGE].any()
+
+
+@supported
+def test_written_after_a_fork_is_still_exact(directory, file, child):
+    """A page that is private and shared with a child is written nonetheless."""
+    other = child(
+        LOCK
+        + """
+file = mapping.open_file("pool", dir_fd=base)
+one = mapping.Mapping(file, 64 * mapping._linux.PAGE_BYTES, private=True)
+page = mapping._linux.PAGE_BYTES
+one.array[page] = 1
+one.array[3 * page]
+pid = os.fork()
+look = [one.written(n * page, page) for n in range(4)]
+if not pid:
+    one.array[0] = 5
+    os._exit(look != [False, True, False, False] or not one.written(0, 1))
+say([look, [one.written(n * page, page) for n in range(4)], os.waitpid(pid, 0)[1]])
+""",
+        directory[1],
+    )
+    expected = [False, True, False, False]
+    assert other.hear() == [expected, expected, 0]
+
+
+@supported
+def test_shared_bytes_of_another_process(directory, file, child):
+    os.ftruncate(file, 32 << 20)
+    other = child(
+        LOCK
+        + """
+file = mapping.open_file("pool", dir_fd=base)
+before = mapping.shared_bytes()
+one = mapping.Mapping(file, 32 << 20, private=False)
+say([before, mapping.shared_bytes()])
+hear()
+one.array[: 16 << 20] = 1
+say([before, mapping.shared_bytes()])
+hear()
+""",
+        directory[1],
+    )
+    before, mapped = other.hear()
+    assert mapped - before < 1 << 20  # nothing is touched yet
+    assert mapping.shared_bytes(other.pid) == mapped
+    _, touched = other.ask()
+    assert touched - before >= 16 << 20
+    assert mapping.shared_bytes(other.pid) == touched
+    other.kill()
+    assert mapping.shared_bytes(other.pid) == 0
+    assert mapping.shared_bytes() >= 0
+
+
+def test_platforms_without_a_pool_have_the_same_names():
+    from dask_shm_bridge.errors import PoolUnsupportedError
+    from dask_shm_bridge.mapping import _none
+
+    assert _none.supported is False
+    assert _none.default_pool_path() is None
+    assert _none.shared_bytes() == 0
+    for name in mapping.__all__:
+        thing = getattr(_none, name)
+        if callable(thing) and name not in ("default_pool_path", "shared_bytes"):
+            with pytest.raises(PoolUnsupportedError, match="TCP"):
+                thing()
+
+
+# --------------------------------------------------------------------- who imports whom
+
+
+def modules():
+    """Yield the name and the syntax tree of each module of the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), ast.parse(path.read_text())
+
+
+def imported(tree, *, level="module"):
+    """Return the modules that are imported; with `level` "module" not those in functions."""
+    found = set()
+
+    def visit(node):
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.Import):
+                found.update(alias.name for alias in part.names)
+            elif isinstance(part, ast.ImportFrom):
+                assert part.level == 0, "imports are absolute here"
+                found.add(part.module)
+                found.update(f"{part.module}.{alias.name}" for alias in part.names)
+            elif (isinstance(part, ast.If) and ast.unparse(part.test) == "TYPE_CHECKING") or (isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)) and level == "module"):
+                continue
+            visit(part)
+
+    visit(tree)
+    return found
+
+
+def test_only_mapping_looks_at_the_platform():
+    offenders = []
+    for name, tree in modules():
+        if name.startswith("dask_shm_bridge.mapping"):
+            continue
+        for module in imported(tree, level="all"):
+            if module.split(".")[0] in ("fcntl", "mmap", "msvcrt", "ctypes", "platform"):
+                offenders.append((name, module))
+        for node in ast.walk(tree):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if text in ("sys.platform", "os.name", "os.uname", "sys.getwindowsversion"):
+                offenders.append((name, text))
+    # a script that starts clusters by itself, and old wire formats, are no part of the pool
+    apart = ("dask_shm_bridge.benchmarks", "dask_shm_bridge.demo", "dask_shm_bridge.legacy")
+    assert not [one for one in offenders if not one[0].startswith(apart)]
+
+
+LAYERS = {
+    # module: what of this package it may import at its top
+    "errors": set(),
+    "layout": {"errors"},
+    "mapping": {"mapping", "errors"},
+    "counters": set(),
+    "copying": {"layout"},
+    "config": {"mapping", "errors", "layout"},
+    "ledger": {"mapping", "errors", "layout"},
+    "views": {"mapping", "layout", "ledger"},
+    "folder": {"mapping", "config", "errors", "layout", "ledger"},
+    "pool": {
+        *("mapping", "config", "copying", "counters", "errors"),
+        *("folder", "fork", "layout", "ledger", "views"),
+    },
+    "fork": {"pool"},
+    "legacy": {"errors", "mapping"},
+}
+
+
+def test_each_layer_imports_only_those_above_it():
+    seen = set()
+    for name, tree in modules():
+        _, _, rest = name.partition(".")
+        layer = rest.split(".")[0]
+        if layer not in LAYERS:
+            continue
+        seen.add(layer)
+        ours = {
+            module.split(".")[1]
+            for module in imported(tree, level="all")
+            if module.startswith("dask_shm_bridge.")
+        }
+        assert ours <= LAYERS[layer], name
+    assert seen == set(LAYERS)
+
+
+def test_layout_and_errors_are_pure():
+    for name, tree in modules():
+        if name in ("dask_shm_bridge.layout", "dask_shm_bridge.errors"):
+            others = {
+                module.split(".")[0]
+                for module in imported(tree, level="all")
+                if not module.startswith("dask_shm_bridge")
+            }
+            assert others <= {"__future__", "struct", "zlib", "dataclasses"}, name
+
+
+def test_the_store_does_not_know_distributed():
+    store = ("mapping", "ledger", "views", "folder", "copying", "pool", "fork")
+    for name, tree in modules():
+        if name.partition(".")[2].split(".")[0] in store:
+            found = imported(tree, level="all")
+            assert not [m for m in found if m.split(".")[0] in ("distributed", "tornado")], name
+
+
+def test_importing_the_package_is_light(python):
+    heavy = ["lmdb", "cupy", "cuml", "cudf", "distributed.comm", "distributed", "bokeh", "pandas"]
+    done = python(
+        """
+        import sys
+        import dask_shm_bridge
+        assert dask_shm_bridge.__version__
+        print([name for name in sys.argv[1:] if name in sys.modules])
+        """,
+        *heavy,
+    )
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["layout", "errors", "counters"])
+def test_pure_modules_import_no_store(python, module):
+    done = python(
+        f"""
+        import sys
+        import dask_shm_bridge.{module}
+        print([name for name in ("lmdb", "fcntl", "distributed") if name in sys.modules])
+        """
+    )
+    found = ast.literal_eval(done.stdout)
+    assert "lmdb" not in found
+    assert "distributed" not in found
+
+
+def test_every_module_can_be_imported_without_a_gpu_or_a_dashboard(python):
+    names = [
+        name
+        for name, _ in modules()
+        if not name.endswith("__main__") and ".benchmarks" not in name and "preload" not in name
+    ]
+    done = python(
+        """
+        import importlib, sys
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+        print([name for name in ("cupy", "cuml", "cudf", "rmm", "bokeh.server") if name in sys.modules])
+        """,
+        *names,
+    )
+    assert len(names) > 10
+    assert done.stdout.strip() == "[]"
+
+
+@supported
+def test_mappings_are_gone_with_their_arrays(file):
+    before = Path("/proc/self/maps").read_text().count("/pool")
+    one = mapping.Mapping(file, 64 * PAGE, private=True)
+    array = one.array[5:10]
+    del one
+    assert Path("/proc/self/maps").read_text().count("/pool") == before + 1
+    del array
+    assert eventually(lambda: Path("/proc/self/maps").read_text().count("/pool") == before, 2)
+
+
