@@ -45,6 +45,7 @@ from dask_shm_bridge.errors import (
     PoolError,
     PoolUnsupportedError,
 )
+from dask_shm_bridge.layout import GRAIN_BYTES
 from dask_shm_bridge.shipment import Frame
 
 KEY = "shm-bridge"  # in handshakes and in the context of serializers
@@ -93,12 +94,13 @@ class ShmTCP(TCP):
     def handshake_info(self) -> dict[str, Any]:
         """Advertise this process's pool, and a connection that tickets may be put under."""
         info: dict[str, Any] = super().handshake_info()
+        info[KEY] = {"version": VERSION}  # which also says that this process knows our family
         shared = self._shared
         if shared is not None and not shared.closed and self._connection is None:
             connection = shared.connect()
             if connection is not None:
                 self._receive_by(shared, connection)
-                info[KEY] = {"version": VERSION, "connection": connection, **shared.identity()}
+                info[KEY].update(connection=connection, **shared.identity())
         return info
 
     def handshake_configuration(  # type: ignore[override]  # Dask calls it on the instance
@@ -116,6 +118,8 @@ class ShmTCP(TCP):
 
     def _agree(self, ours: Any, theirs: Any) -> bool:
         if not (isinstance(ours, dict) and isinstance(theirs, dict)) or self._shared is None:
+            return False
+        if "pool" not in ours:
             return False
         if any(ours.get(key) != theirs.get(key) for key in ("version", "pool", "boot")):
             return False
@@ -140,7 +144,7 @@ class ShmTCP(TCP):
     # ------------------------------------------------------------------------------ writing
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
-        """Send a message; frames of at least the threshold go through the pool.
+        """Send a message; if it is large, its frames of 64 KiB and more go through the pool.
 
         Returns
         -------
@@ -150,6 +154,9 @@ class ShmTCP(TCP):
         """
         link = self._link
         if link is None:
+            if self.remote_info and KEY not in self.remote_info:
+                msg = family.translated(msg, self.peer_address)
+                serializers = family.without(serializers, self.peer_address)
             nbytes: int = await super().write(msg, serializers=serializers, on_error=on_error)
             counters.count("sent", "inline", nbytes)
             return nbytes
@@ -174,9 +181,12 @@ class ShmTCP(TCP):
             frame_split_size=_UNSPLIT,
         )
         sizes = [wire.nbytes_of(frame) for frame in frames]
+        # It is the message that is large enough or not: one of many middling frames, such as the
+        # shards of a rechunk, costs as much over the socket as one of a single large frame.
         threshold = link.pool.settings.threshold_bytes
-        large = [i for i, nbytes in enumerate(sizes) if nbytes >= threshold]
-        if not large or link.pool.closed:
+        least = min(threshold, GRAIN_BYTES)
+        large = [i for i, nbytes in enumerate(sizes) if nbytes >= least]
+        if sum(sizes[i] for i in large) < threshold or link.pool.closed:
             return self._send(frames)
         return await self._write_large(link, frames, sizes, large)
 

@@ -102,7 +102,7 @@ class Settings:
     layout : Layout or None
         The layout asked for; None takes what is there, else the default.
     threshold_bytes : int
-        Frames of at least this size go through the pool.
+        Messages of at least this size go through the pool.
     hold_limit : float
         Share of the pool that this process may hold.
     copy_threads : int

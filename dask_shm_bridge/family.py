@@ -6,20 +6,27 @@ not share it. A frame is a plain buffer, and the comm decides how it travels.
 
 from __future__ import annotations
 
-import sys
+import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from distributed.protocol.numpy import serialize_numpy_ndarray
 from distributed.protocol.serialize import (
+    Serialized,
     dask_deserialize,
     dask_serialize,
-    families,
     register_serialization_family,
 )
 
 NAME = "mmap-slot"
 CONTEXT = "shm-bridge"  # our comms set it: strided frames are welcome here
+
+_UNKNOWN = (
+    f"the peer at {{peer}} does not know the serialization family {NAME!r}: install "
+    "dask-shm-bridge there and load it (--preload dask_shm_bridge.preload), or name other "
+    "families in `serializers` as well"
+)
 
 
 def register() -> None:
@@ -86,11 +93,7 @@ def dumps(x: Any, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
         raise NotImplementedError(type(x))
     recipient = (context or {}).get("recipient")
     if recipient and CONTEXT not in recipient:
-        raise TypeError(
-            f"the peer at {recipient.get('address', 'the other end')} does not know the "
-            f"serialization family {NAME!r}: install dask-shm-bridge there and load it "
-            "(--preload dask_shm_bridge.preload), or take the name out of `serializers`"
-        )
+        raise TypeError(_UNKNOWN.format(peer=recipient.get("address", "the other end")))
     header, frames = serialize_ndarray(x, context=context)
     return {"array": header}, frames
 
@@ -100,6 +103,49 @@ def loads(header: dict[str, Any], frames: list[Any]) -> Any:
     return dask_deserialize.dispatch(np.ndarray)(header["array"], frames)
 
 
-def loaded() -> bool:
-    """Say whether this process knows the family."""
-    return "dask_shm_bridge.family" in sys.modules and NAME in families
+def without(serializers: Sequence[str] | None, peer: str) -> Sequence[str] | None:
+    """Return the families to use towards a peer that does not know this one.
+
+    Raises
+    ------
+    TypeError
+        If none is left.
+    """
+    if serializers is None or NAME not in serializers:
+        return serializers
+    rest = [name for name in serializers if name != NAME]
+    if not rest:
+        raise TypeError(_UNKNOWN.format(peer=peer))
+    return rest
+
+
+def translated(message: Any, peer: str, depth: int = 3) -> Any:
+    """Return a message as a peer that does not know this family can handle it.
+
+    A relay passes on headers and requests that name the family, to a worker or client that was
+    never asked whether it knows it. There a header fails with a KeyError, and a request to
+    serialize by it makes Dask ask again, for ever.
+    """
+    if isinstance(message, Serialized):
+        return Serialized(_stock(message.header), message.frames)
+    if depth and type(message) is dict:
+        result = {key: translated(value, peer, depth - 1) for key, value in message.items()}
+        if isinstance(result.get("serializers"), (list, tuple)):
+            result["serializers"] = without(result["serializers"], peer)
+        return result
+    return message
+
+
+def _stock(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the header of Dask's own family for the same frames."""
+    if "sub-headers" in header:
+        return {**header, "sub-headers": [_stock(each) for each in header["sub-headers"]]}
+    if header.get("serializer") != NAME:
+        return header
+    return {
+        **{key: value for key, value in header.items() if key != "array"},
+        "serializer": "dask",
+        "sub-header": header["array"],
+        "type": "numpy.ndarray",
+        "type-serialized": pickle.dumps(np.ndarray),
+    }

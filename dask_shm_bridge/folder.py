@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,12 @@ from dataclasses import dataclass
 
 from dask_shm_bridge import mapping
 from dask_shm_bridge.config import Settings
-from dask_shm_bridge.errors import PoolError, PoolLayoutError, PoolUnsupportedError
+from dask_shm_bridge.errors import (
+    LedgerError,
+    PoolError,
+    PoolLayoutError,
+    PoolUnsupportedError,
+)
 from dask_shm_bridge.layout import HEADER_SIZE, Header, Layout
 from dask_shm_bridge.ledger import GUARD, Ledger
 
@@ -36,6 +42,22 @@ logger = logging.getLogger("dask_shm_bridge")
 _NAME = re.compile(r"pool-([0-9a-f]{32})")
 _LOCK_TIMEOUT_S = 10.0
 _FILL = 0.9  # a pool takes at most this share of its file system
+
+# POSIX locks exclude processes, not threads, and a process loses one by closing any descriptor of
+# its file. So threads take turns here, and no pool is opened twice: looking whether our own member
+# lives would kill it, and another descriptor of the ledger's lock would open that under us.
+_turn = threading.RLock()
+_joined: set[str] = set()
+
+
+def _forget_in_child() -> None:
+    global _turn
+    _turn = threading.RLock()  # a thread of the parent's may have held it
+    _joined.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @dataclass
@@ -54,6 +76,10 @@ class Attachment:
 
     def leave(self) -> None:
         """Give back all that this member holds; the last one to leave removes the pool."""
+        with _turn:
+            self._leave()
+
+    def _leave(self) -> None:
         with contextlib.suppress(Exception):  # also without the folder's lock: a sweep does it
             self.ledger.leave([self.member])
         self.ledger.close()
@@ -73,6 +99,7 @@ class Attachment:
             self.member_lock.close()
             for fd in (self.pool_fd, self.directory_fd, self.ledger_lock_fd):
                 os.close(fd)
+            _joined.discard(self.name)
 
     def guard(self, leases: Iterable[tuple[int, int]]) -> mapping.GuardLock:
         """Give a child that is about to be forked leases of its own; close the result after."""
@@ -144,7 +171,7 @@ def attach(settings: Settings, role: str) -> Attachment:
             else:
                 _remove_unused(base, keep=name)
             return _join(settings, name, base, role)
-    except OSError as error:
+    except (OSError, LedgerError) as error:
         raise PoolError(
             f"the pool in {settings.path} can't be had ({error}): make room there, or set "
             "shm-bridge.pool.path"
@@ -154,7 +181,11 @@ def attach(settings: Settings, role: str) -> Attachment:
 @contextmanager
 def _locked(path: str, *, create: bool = False) -> Iterator[int]:
     """Open the folder and hold its lock; yield the folder's descriptor."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
     with ExitStack() as stack:
+        if not _turn.acquire(timeout=_LOCK_TIMEOUT_S):
+            raise PoolError(f"another thread joins or leaves the pool in {path}, and is stuck")
+        stack.callback(_turn.release)
         if create:
             with contextlib.suppress(FileExistsError):
                 mapping.create_directory(path)
@@ -162,7 +193,6 @@ def _locked(path: str, *, create: bool = False) -> Iterator[int]:
         stack.callback(os.close, base)
         lock = mapping.open_file("lock", dir_fd=base, create=True)
         stack.callback(os.close, lock)  # which also unlocks it
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
         while not mapping.try_lock(lock):
             if time.monotonic() > deadline:
                 raise PoolError(
@@ -187,6 +217,8 @@ def _current(base: int) -> str | None:
 
 def _in_use(name: str, base: int) -> bool:
     """Say whether a member of the pool lives, whatever the pool's format."""
+    if name in _joined:
+        return True
     with ExitStack() as stack:
         try:
             directory = mapping.open_directory(name, dir_fd=base)
@@ -205,7 +237,7 @@ def _alive(members: int) -> list[str]:
 def _create(settings: Settings, base: int) -> str:
     asked = settings.layout or Layout()
     room = int(mapping.filesystem_bytes(base) * _FILL)
-    layout = asked.shrunk(room)
+    layout = asked.shrunk(room) if room else asked  # 0: a tmpfs without a limit
     if layout != asked:
         logger.warning(
             "%s is too small for a pool of %s; it gets %s instead. Make it larger (docker run "
@@ -242,14 +274,23 @@ def _publish(name: str, base: int) -> None:
         os.unlink("current.new", dir_fd=base)
     fd = mapping.open_file("current.new", dir_fd=base, exclusive=True)
     try:
-        os.write(fd, name.encode())
-    finally:
-        os.close(fd)
-    os.rename("current.new", "current", src_dir_fd=base, dst_dir_fd=base)
+        try:
+            os.write(fd, name.encode())
+        finally:
+            os.close(fd)
+        os.rename("current.new", "current", src_dir_fd=base, dst_dir_fd=base)
+    except BaseException:
+        _unlink("current.new", base)
+        raise
 
 
 def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
     path = str(settings.path)
+    if name in _joined:
+        raise PoolError(
+            f"this process has joined the pool in {path} already, by another path or in another "
+            "thread that is just leaving it: use one shm-bridge.pool.path"
+        )
     with ExitStack() as stack:
         directory = mapping.open_directory(name, dir_fd=base)
         stack.callback(os.close, directory)
@@ -268,12 +309,17 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
         stack.callback(ledger.close)
         member = secrets.randbits(63) | 1
         member_lock = mapping.MemberLock(_member_name(member), dir_fd=members)
+        stack.callback(_unlink, _member_name(member), members)
         stack.callback(member_lock.close)
         ledger.join(member, os.getpid(), role)
         stack.pop_all()
         os.close(members)
+    _joined.add(name)
     attachment = Attachment(path, name, header, pool, directory, lock, ledger, member, member_lock)
-    attachment.sweep()
+    try:
+        attachment.sweep()
+    except (OSError, PoolError, LedgerError) as error:  # it comes again, under pressure
+        logger.debug("the pool in %s was joined without a sweep: %s", path, error)
     return attachment
 
 
@@ -314,7 +360,7 @@ def _remove(name: str, base: int) -> None:
                     finally:
                         os.close(fd)
                     os.rmdir(sub, dir_fd=directory)
-            for entry in ("pool", "ledger.lock"):
+            for entry in os.listdir(directory):  # also files that another version has made
                 _unlink(entry, directory)
         finally:
             os.close(directory)

@@ -27,7 +27,7 @@ from typing import Any
 from distributed.comm import registry
 from distributed.comm.tcp import TCP, TLS, TCPListener, TLSListener
 
-from dask_shm_bridge import backends, memory
+from dask_shm_bridge import backends, memory, wire
 from dask_shm_bridge import comm as shm
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -67,8 +67,13 @@ def close_idle(rpc: Any) -> None:
     """
     for idle in rpc.available.values():
         for comm in list(idle):
-            if type(comm) in _COMMS or getattr(comm, "_link", comm) is None:
+            if _shares_nothing(comm):
                 comm.abort()
+
+
+def _shares_nothing(comm: Any) -> bool:
+    """Say whether a comm is a stock one, or one of ours that met a stock peer."""
+    return type(comm) in _COMMS or (isinstance(comm, shm.ShmTCP) and comm._link is None)
 
 
 async def upgrade_worker(worker: Any) -> bool:
@@ -103,8 +108,8 @@ def upgrade_nanny(nanny: Any) -> None:
 
 async def _upgrade_stream(stream: Any, ask: Any) -> bool:
     comm = getattr(stream, "comm", None)
-    if comm is None or type(comm) not in _COMMS:
-        return comm is not None and getattr(comm, "_link", None) is not None
+    if not _shares_nothing(comm):
+        return getattr(comm, "_link", None) is not None
     info = await _prepare(comm)
     if info is None:
         return False
@@ -129,7 +134,7 @@ async def _answer(
     comm = getattr(stream, "comm", None)
     if comm is None:
         return "not yet"
-    if type(comm) not in _COMMS:
+    if not _shares_nothing(comm):
         return "no"
     ours = await _prepare(comm)
     if ours is None or not comm._agree(ours, info):
@@ -142,10 +147,13 @@ async def _answer(
 
 async def _prepare(comm: Any) -> dict[str, Any] | None:
     """Let a stock comm's next read understand tickets; return what a handshake would tell."""
-    comm.__class__ = _COMMS[type(comm)]
+    if comm.stream is None:
+        return None
+    comm.__class__ = _COMMS.get(type(comm), type(comm))
+    wire.unmeter(comm.stream)
     await shm.join_pool(comm)
-    info: dict[str, Any] | None = comm.handshake_info().get(shm.KEY)
-    return info
+    info: dict[str, Any] = comm.handshake_info()[shm.KEY]
+    return info if "connection" in info else None
 
 
 async def _begin(comm: Any) -> None:

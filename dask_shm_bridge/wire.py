@@ -33,6 +33,12 @@ def meter(stream: IOStream | None) -> None:
     stream.read_into = metered_read_into  # type: ignore[method-assign]
 
 
+def unmeter(stream: Any) -> None:
+    """Undo `meter`: from now on the comm counts by itself."""
+    for name in ("read_bytes", "read_into"):
+        vars(stream).pop(name, None)
+
+
 def nbytes_of(frame: Any) -> int:
     """Return the size of a frame in bytes."""
     return frame.nbytes if isinstance(frame, memoryview) else len(frame)

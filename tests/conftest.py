@@ -87,7 +87,9 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def pool_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def pool_folder(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """Give this test a pool folder, in the configuration and in the environment of children."""
     folder = MEMORY / f"dask-shm-bridge-test-{os.getpid()}-{secrets.token_hex(4)}"
     config = {"shm-bridge.pool.path": str(folder), **POOL}
@@ -97,6 +99,7 @@ def pool_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with dask.config.set(config):
         yield folder
     leave(folder)
+    request.node.funcargs.pop("small_pool", None)  # its mappings live as long as it does
     gc.collect()
     eventually(lambda: bridge_threads() <= threads)
     eventually(lambda: not descriptors(folder), 1.0)

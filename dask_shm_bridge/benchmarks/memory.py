@@ -91,11 +91,12 @@ def held(pid: int) -> Peak:
     OSError, psutil.Error
         If there is no such process, or it may not be looked at.
     """
-    if not psutil.LINUX:
+    try:
+        with open(f"/proc/{pid}/status") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+    except FileNotFoundError:  # no such process, or another system, which psutil knows
         memory = psutil.Process(pid).memory_info()
         return Peak(getattr(memory, "private", memory.rss), memory.rss)
-    with open(f"/proc/{pid}/status") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
     return Peak(_bytes(fields, "RssAnon"), _bytes(fields, "VmHWM"))
 
 

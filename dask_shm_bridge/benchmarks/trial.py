@@ -179,7 +179,7 @@ def do_way_apart(
         while receiver.poll(patience_seconds):
             kind, content = receiver.recv()
             if kind == "started":
-                pass
+                family |= _living(content)
             elif kind == "doing":
                 advance(content)
             elif kind == "done":

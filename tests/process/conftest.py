@@ -41,11 +41,20 @@ def pool_folder(pool_config: dict[str, Any]) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def deployment_options() -> dict[str, Any]:
+    """What a module wants of its cluster; modules override this."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 def deployment(
-    pool_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    pool_config: dict[str, Any],
+    deployment_options: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Deployment]:
     """Start a scheduler and two workers, three processes."""
-    with Deployment(tmp_path_factory.mktemp("dask"), pool_config) as deployment:
+    folder = tmp_path_factory.mktemp("dask")
+    with Deployment(folder, pool_config, **deployment_options) as deployment:
         yield deployment
 
 

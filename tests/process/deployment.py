@@ -124,12 +124,17 @@ class Deployment:
                 *("--scheduler-file", str(self.file)),
                 *scheduler_args,
             )
-            self._wait(self.file.exists, "the scheduler's file")
+            self._wait(self._has_address, "the scheduler's file")
             for number in range(workers):
                 self.add_worker(f"w{number}", worker_args)
         except BaseException:
             self.close()
             raise
+
+    def _has_address(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):  # not there, or not written to its end
+            return bool(self.address)
+        return False
 
     @property
     def address(self) -> str:

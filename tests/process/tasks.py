@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
+import time
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -71,3 +76,90 @@ class Store:
 
     def get(self) -> np.ndarray:
         return self.kept
+
+
+# ------------------------------------------------------------------------------- who writes
+
+meeting = threading.Barrier(2, timeout=30)  # of two tasks in one worker
+
+
+def overwrite(x: np.ndarray, value: int = 9) -> int:
+    """Write all over the argument; return what it was."""
+    before = crc(x)
+    x[...] = value
+    assert (x == value).all()
+    return before
+
+
+def overwrite_together(value: int, x: np.ndarray) -> tuple[int, int]:
+    """Write while another task of this process writes into its own argument."""
+    before = crc(x)
+    meeting.wait()
+    x[...] = value
+    meeting.wait()
+    assert (x == value).all(), "another task's bytes"
+    meeting.wait()
+    return os.getpid(), before
+
+
+def overwrite_and_fail_once(x: np.ndarray, mark: str) -> int:
+    before = overwrite(x)
+    if not os.path.exists(mark):
+        open(mark, "w").close()
+        raise ValueError("the first time")
+    return before
+
+
+def overwritten(x: np.ndarray, value: int, *, freeze: bool = False) -> np.ndarray:
+    """Write into the argument, and return it."""
+    x[:] = value
+    if freeze:
+        x.flags.writeable = False
+    return x
+
+
+def touched(x: np.ndarray, place: int) -> np.ndarray:
+    """Write one element."""
+    x[place] = -1
+    return x
+
+
+def overwrite_published(name: str, dask_scheduler: Any = None) -> int:
+    """Zero the first 8000 bytes of what a scheduler keeps; return the checksum before."""
+    published = dask_scheduler.extensions["publish"].datasets[name]["data"]
+    (frame,) = (np.frombuffer(f, np.uint8) for f in published.frames if len(f) > 100_000)
+    before = crc(frame)
+    assert frame.flags.writeable
+    frame[:8000] = 0
+    return before
+
+
+def watch_from_a_fork(x: np.ndarray, go: str, found: str) -> int:
+    """Leave a forked child behind that looks at its inherited argument when told to."""
+    before = crc(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process of threads
+        child = os.fork()
+    if child == 0:
+        try:
+            deadline = time.monotonic() + 60
+            while not os.path.exists(go) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with open(found + ".new", "w") as file:
+                file.write(str(crc(x)))
+            os.rename(found + ".new", found)
+        finally:
+            os._exit(0)
+    return before
+
+
+def reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def slow_crc(data: Any, seconds: float) -> int:
+    """Checksum of an array that is looked at late."""
+    time.sleep(seconds)
+    return crc(data)
