@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
+from dask.utils import parse_bytes
 from distributed.comm.core import Comm, CommClosedError
 from distributed.comm.tcp import (
     TCP,
@@ -87,6 +88,7 @@ class ShmTCP(TCP):
     _connection: int | None = None  # the row of this comm's receiving direction
     _farewell: weakref.finalize[[int], Any] | None = None
     _write_lock: asyncio.Lock | None = None
+    _cause = "no-common-pool"  # why messages stay on the socket while there is no link
     _encrypted = False
 
     # -------------------------------------------------------------------------- agreement
@@ -141,6 +143,11 @@ class ShmTCP(TCP):
             self._farewell()
             self._connection = None
 
+    def _threshold(self) -> int:
+        if self._shared is not None:
+            return self._shared.settings.threshold_bytes
+        return int(parse_bytes(config.get("threshold")))
+
     # ------------------------------------------------------------------------------ writing
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
@@ -155,10 +162,13 @@ class ShmTCP(TCP):
         link = self._link
         if link is None:
             if self.remote_info and KEY not in self.remote_info:
-                msg = family.translated(msg, self.peer_address)
-                serializers = family.without(serializers, self.peer_address)
+                msg = family.translated(msg)
+                if serializers is not None and len(serializers) > 1:
+                    serializers = [name for name in serializers if name != family.NAME]
             nbytes: int = await super().write(msg, serializers=serializers, on_error=on_error)
             counters.count("sent", "inline", nbytes)
+            if self.remote_info and nbytes >= GRAIN_BYTES and nbytes >= self._threshold():
+                counters.fallback(self._cause)
             return nbytes
         if self._write_lock is None:
             self._write_lock = asyncio.Lock()
@@ -464,24 +474,23 @@ async def join_pool(comm: ShmTCP) -> None:
     try:
         settings = config.Settings.from_config()
         if settings.path is None:
-            return
-        if comm._encrypted and not settings.tls:
-            counters.fallback(
+            comm._cause = "off"
+        elif comm._encrypted and not settings.tls:
+            comm._cause = "tls"
+            counters.explain(
                 "tls",
                 "TLS connections do not use the pool, whose bytes are not encrypted; "
                 "shm-bridge.tls: true allows it",
-                frames=0,
             )
-            return
-        shared = pool.attached(settings.path)
-        if shared is None:
-            loop = asyncio.get_running_loop()
-            shared = await loop.run_in_executor(None, pool.attach, settings)
-        comm._shared = shared
-    except PoolUnsupportedError as error:
-        counters.fallback("unsupported", str(error), frames=0)
+        else:
+            shared = pool.attached(settings.path)
+            if shared is None:
+                loop = asyncio.get_running_loop()
+                shared = await loop.run_in_executor(None, pool.attach, settings)
+            comm._shared = shared
     except PoolError as error:
-        counters.fallback("no-pool", str(error), frames=0)
+        comm._cause = "unsupported" if isinstance(error, PoolUnsupportedError) else "no-pool"
+        counters.explain(comm._cause, str(error))
 
 
 family.register()

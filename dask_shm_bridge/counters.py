@@ -26,15 +26,19 @@ def count(direction: str, way: str, nbytes: int, frames: int = 1) -> None:
         _frames[direction][way] += frames
 
 
-def fallback(cause: str, message: str | None = None, frames: int = 1) -> None:
-    """Count frames that could not go through the pool; say why, once for each cause."""
+def fallback(cause: str, frames: int = 1) -> None:
+    """Count frames that did not go through the pool as they should, or were moved out of it."""
     with _lock:
         _fallbacks[cause] += frames
-        first = message is not None and cause not in _said
-        if first:
-            _said.add(cause)
+
+
+def explain(cause: str, message: str) -> None:
+    """Log why something is not done the fast way, once for each cause in a process."""
+    with _lock:
+        first = cause not in _said
+        _said.add(cause)
     if first:
-        logger.warning("%s (said once for the cause %r; stats() counts them)", message, cause)
+        logger.warning("%s (said once for the cause %r; stats() counts it)", message, cause)
 
 
 def snapshot() -> dict[str, Any]:

@@ -87,7 +87,7 @@ def dumps(x: Any, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
     NotImplementedError
         For what is not an array of plain numbers.
     TypeError
-        If the peer has told that it does not know this family.
+        If the peer does not know this family: an error at once, not in some other process.
     """
     if type(x) is not np.ndarray or x.dtype.hasobject:
         raise NotImplementedError(type(x))
@@ -103,23 +103,15 @@ def loads(header: dict[str, Any], frames: list[Any]) -> Any:
     return dask_deserialize.dispatch(np.ndarray)(header["array"], frames)
 
 
-def without(serializers: Sequence[str] | None, peer: str) -> Sequence[str] | None:
-    """Return the families to use towards a peer that does not know this one.
+def _without(serializers: Sequence[str]) -> list[str]:
+    """Return the families to name to a peer that does not know this one.
 
-    Raises
-    ------
-    TypeError
-        If none is left.
+    Where no other is left, msgpack: an array is an error then, at once, and not asked for again.
     """
-    if serializers is None or NAME not in serializers:
-        return serializers
-    rest = [name for name in serializers if name != NAME]
-    if not rest:
-        raise TypeError(_UNKNOWN.format(peer=peer))
-    return rest
+    return [name for name in serializers if name != NAME] or ["msgpack"]
 
 
-def translated(message: Any, peer: str, depth: int = 3) -> Any:
+def translated(message: Any, depth: int = 3) -> Any:
     """Return a message as a peer that does not know this family can handle it.
 
     A relay passes on headers and requests that name the family, to a worker or client that was
@@ -129,9 +121,9 @@ def translated(message: Any, peer: str, depth: int = 3) -> Any:
     if isinstance(message, Serialized):
         return Serialized(_stock(message.header), message.frames)
     if depth and type(message) is dict:
-        result = {key: translated(value, peer, depth - 1) for key, value in message.items()}
+        result = {key: translated(value, depth - 1) for key, value in message.items()}
         if isinstance(result.get("serializers"), (list, tuple)):
-            result["serializers"] = without(result["serializers"], peer)
+            result["serializers"] = _without(result["serializers"])
         return result
     return message
 

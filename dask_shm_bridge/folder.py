@@ -80,15 +80,18 @@ class Attachment:
             self._leave()
 
     def _leave(self) -> None:
-        with contextlib.suppress(Exception):  # also without the folder's lock: a sweep does it
+        left = False
+        with contextlib.suppress(Exception):  # else a sweep does it, if our file is still there
             self.ledger.leave([self.member])
+            left = True
         self.ledger.close()
         try:
             with _locked(self.path) as base:
                 self.member_lock.close()
                 members = mapping.open_directory("members", dir_fd=self.directory_fd)
                 try:
-                    _unlink(_member_name(self.member), members)
+                    if left:
+                        _unlink(_member_name(self.member), members)
                     if not _alive(members):
                         _remove(self.name, base)
                 finally:
@@ -117,14 +120,23 @@ class Attachment:
         return lock
 
     def dead_members(self) -> list[int]:
-        """Return the members in the ledger whose processes are proven dead."""
-        members = mapping.open_directory("members", dir_fd=self.directory_fd)
+        """Return the members in the ledger whose processes are proven dead.
+
+        A file that is gone proves nothing, since whoever leaves is out of the ledger before: it
+        was removed by hand, or at the end of a session (RemoveIPC= in logind.conf(5)).
+        """
         try:
+            members = mapping.open_directory("members", dir_fd=self.directory_fd)
+        except FileNotFoundError:
+            return []
+        try:
+            there = set(os.listdir(members))
             return [
                 member.id
                 for member in self.ledger.members()
                 if member.id != self.member
-                and not mapping.is_alive(_member_name(member.id, member.role), dir_fd=members)
+                and (name := _member_name(member.id, member.role)) in there
+                and not mapping.is_alive(name, dir_fd=members)
             ]
         finally:
             os.close(members)
@@ -299,6 +311,7 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
         header = _read_header(path, name, pool)
         if settings.layout is not None and settings.layout != header.asked:
             raise PoolLayoutError(path, str(settings.layout), str(header.asked))
+        _check_ledger(directory)
         lock = mapping.open_file("ledger.lock", dir_fd=directory)
         stack.callback(os.close, lock)
         members = mapping.open_directory("members", dir_fd=directory)
@@ -321,6 +334,14 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
     except (OSError, PoolError, LedgerError) as error:  # it comes again, under pressure
         logger.debug("the pool in %s was joined without a sweep: %s", path, error)
     return attachment
+
+
+def _check_ledger(directory: int) -> None:
+    """See that the ledger is there: LMDB would make another one beside that of the members."""
+    with ExitStack() as stack:
+        ledger = mapping.open_directory("ledger", dir_fd=directory)
+        stack.callback(os.close, ledger)
+        os.close(mapping.open_file("data.mdb", dir_fd=ledger))
 
 
 def _read_header(path: str, name: str, pool: int) -> Header:

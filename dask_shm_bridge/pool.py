@@ -95,7 +95,7 @@ class Pool:
         try:
             connection = self.ledger.connect(self.member, HANDSHAKE_TIMEOUT_S)
         except BridgeError as error:
-            counters.fallback("ledger", f"a connection can't use the pool: {error}")
+            counters.explain("ledger", f"a connection can't use the pool: {error}")
             return None
         self.events.put(("user", 1))
         return connection
@@ -141,7 +141,7 @@ class Pool:
             if timeout_s is not None and isinstance(error, LedgerBusyError):
                 raise
             cause = "ledger"
-            counters.fallback("ledger", f"frames go inline: {error}", frames=0)
+            counters.explain("ledger", f"frames go inline: {error}")
         else:
             return shipment
         shipment.undo()
@@ -217,11 +217,10 @@ class Pool:
         except OSError as error:
             self.events.put(("ticket", (connection, frame.number)))
             shipment.refused[frame.place] = "no-memory"
-            counters.fallback(
+            counters.explain(
                 "no-memory",
                 f"the file system of {self.path} is full ({error}): make it larger, or set "
                 "shm-bridge.pool.size or .path",
-                frames=0,
             )
             return
         self._copier.copy(self.views.bytes_of(grant), frame.buffer)

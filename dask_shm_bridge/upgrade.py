@@ -108,7 +108,7 @@ def upgrade_nanny(nanny: Any) -> None:
 
 async def _upgrade_stream(stream: Any, ask: Any) -> bool:
     comm = getattr(stream, "comm", None)
-    if not _shares_nothing(comm):
+    if comm is None or not _shares_nothing(comm):
         return getattr(comm, "_link", None) is not None
     info = await _prepare(comm)
     if info is None:

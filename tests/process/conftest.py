@@ -65,7 +65,7 @@ def client(deployment: Deployment) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def workers(client: Client) -> list[str]:
     """Addresses of the workers."""
     return sorted(client.scheduler_info(n_workers=-1)["workers"])

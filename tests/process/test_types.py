@@ -13,9 +13,11 @@ from . import values
 from .deployment import Deployment, measured
 from .tasks import identity
 
+pytestmark = pytest.mark.filterwarnings("ignore:the matrix subclass is not")  # NumPy's
+
 THRESHOLD = 4096
 SMALL, LARGE = 60, 16_000  # items of 8 bytes or so
-LARGE_OTHERS = 2_000  # of what takes long to compare
+LARGE_OTHERS = 1_200  # of what takes long to compare
 
 
 @pytest.fixture(scope="module")
@@ -97,36 +99,47 @@ def outcome(client: Client, route: Route, value: Any, workers: list[str]) -> Any
     return result if route.__name__.startswith("seen") else values.describe(result)
 
 
-def addresses(client: Client) -> list[str]:
-    return sorted(client.scheduler_info(n_workers=-1)["workers"])
+@pytest.fixture(scope="module")
+def both(client: Client, plain: Client) -> list[tuple[Client, list[str]]]:
+    """Clients over TCP and over the pool, and the addresses of their workers."""
+    return [(c, sorted(c.scheduler_info(n_workers=-1)["workers"])) for c in (plain, client)]
 
 
 @pytest.mark.parametrize("name", values.VALUES)
-def test_as_over_tcp(client: Client, plain: Client, name: str) -> None:
-    make = values.VALUES[name]
-    large = LARGE if isinstance(make(SMALL), np.ndarray) else LARGE_OTHERS
-    for n in (SMALL, large):
-        value = make(n)
-        for route in ROUTES:
-            over_tcp = outcome(plain, route, value, addresses(plain))
-            over_shm = outcome(client, route, value, addresses(client))
-            if over_tcp[0] == "raised" != over_shm[0]:
-                over_tcp = values.describe(value)  # what TCP can't carry may arrive
-            assert over_shm == over_tcp, (n, route.__name__)
+def test_as_over_tcp(both: list[tuple[Client, list[str]]], name: str) -> None:
+    small = values.VALUES[name](SMALL)
+    simple = isinstance(small, np.ndarray) and not small.dtype.hasobject
+    large = values.VALUES[name](LARGE if simple else LARGE_OTHERS)
+    for value, routes in ((small, ROUTES[::3]), (large, ROUTES)):
+        for route in routes:
+            over_tcp, over_shm = (outcome(c, route, value, workers) for c, workers in both)
+            if over_shm != over_tcp and over_shm == values.describe(value):
+                # Exactly what was sent, where TCP raises (a strided memoryview) or drops flags:
+                # its scheduler asks for pickle protocol 4, which forgets what was read-only.
+                continue
+            assert over_shm == over_tcp, route.__name__
 
 
-@pytest.mark.parametrize("name", values.VALUES)
-def test_through_the_pool(client: Client, name: str) -> None:
+def of_one_buffer(name: str) -> bool:
+    """Say whether a value is an array that Dask sends as it is: not a part of it, not pickled."""
+    value = values.VALUES[name](SMALL)
+    return (
+        isinstance(value, np.ndarray)
+        and value.nbytes >= SMALL
+        and not isinstance(value, values.Tagged)
+        and not value.dtype.hasobject
+        and value.dtype.kind != "T"
+        and 0 not in value.strides
+    )
+
+
+@pytest.mark.parametrize("name", [*filter(of_one_buffer, values.VALUES)])
+def test_through_the_pool(client: Client, workers: list[str], name: str) -> None:
     value = values.VALUES[name](LARGE)
-    nbytes = getattr(value, "nbytes", 0)
-    if not isinstance(value, np.ndarray) or nbytes < 2 * THRESHOLD or value.dtype.hasobject:
-        pytest.skip("not an array of one buffer")
-    if 0 in value.strides or isinstance(value, values.Tagged):
-        pytest.skip("Dask sends a part of it, or pickles it")
     with measured(client) as delta:
-        result = scattered(client, value, addresses(client))
-    assert delta().at("client", "sent", "copied") >= nbytes, delta()
-    assert delta().at("client", "received", "viewed") >= nbytes, delta()
-    assert delta().inline < max(40_000, nbytes // 2), delta()
+        result = scattered(client, value, workers)
+    assert delta().at("client", "sent", "copied") >= value.nbytes, delta()
+    assert delta().at("client", "received", "viewed") >= value.nbytes, delta()
+    assert delta().inline < 20_000, delta()
     assert result.flags.aligned
     assert not result.flags.owndata

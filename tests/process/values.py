@@ -329,8 +329,7 @@ def describe(x: Any) -> Any:
         total = content(x.tocoo().data)
         return kind, x.shape, str(x.dtype), [describe(part) for part in parts], total
     if isinstance(x, memoryview):
-        facts = (x.format, x.shape, x.strides, x.readonly, x.c_contiguous)
-        return kind, *facts, zlib.crc32(x.tobytes())
+        return kind, x.format, x.shape, x.readonly, zlib.crc32(x.tobytes())
     if isinstance(x, bytes | bytearray):
         return kind, len(x), zlib.crc32(x)
     if isinstance(x, array.array):
