@@ -35,7 +35,7 @@ from dask_shm_bridge.errors import (
     PoolUnsupportedError,
 )
 from dask_shm_bridge.layout import HEADER_SIZE, Header, Layout
-from dask_shm_bridge.ledger import GUARD, Ledger
+from dask_shm_bridge.ledger import GUARD, Ledger, record_bytes
 
 logger = logging.getLogger("dask_shm_bridge")
 
@@ -249,7 +249,8 @@ def _alive(members: int) -> list[str]:
 def _create(settings: Settings, base: int) -> str:
     asked = settings.layout or Layout()
     room = int(mapping.filesystem_bytes(base) * _FILL)
-    layout = asked.shrunk(room) if room else asked  # 0: a tmpfs without a limit
+    # 0: a tmpfs without a limit. The ledger needs its place too.
+    layout = asked.shrunk(room - record_bytes(asked)) if room else asked
     if layout != asked:
         logger.warning(
             "%s is too small for a pool of %s; it gets %s instead. Make it larger (docker run "

@@ -8,56 +8,32 @@ The rules
    *connection*, which is a row that the receiver made, and names a part of an extent.
 3. An extent is free exactly when no lease and no ticket names it.
 4. A ticket is made by somebody who holds a lease on its extent, under a connection that is
-   there. Adopting a ticket makes it a lease of the receiver. Offsets and sizes come from here,
-   never from a message.
+   there, and its number is used once. Adopting a ticket makes it a lease of the receiver. Offsets
+   and sizes come from here, never from a message.
 5. The receiver takes its connection away, with all tickets under it, when nothing can be read
    from it any more. A member that leaves, or is swept as dead, takes its leases and its
    connections along.
-6. A refused operation raises and changes nothing: each is one LMDB transaction.
-
-How it is kept safe
--------------------
-The environment is opened with ``lock=False`` and only ever used inside write transactions under
-a file lock of our own, which is had within a deadline or not at all (LMDB's own has none, and two
-containers whose processes are both pid 1 can't share it). A process that is killed inside a
-transaction leaves the last committed state. ``data.mdb`` is allocated whole before its first use,
-since with ``writemap`` a full file system would be a SIGBUS in every member.
+6. A refused operation raises and changes nothing: each is one transaction of the `record`.
 """
 
 from __future__ import annotations
 
-import os
-import struct
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import bisect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from dask_shm_bridge import mapping
 from dask_shm_bridge.errors import (
     ConnectionGoneError,
-    LedgerBusyError,
     LedgerError,
-    LedgerFullError,
     MemberGoneError,
     StaleTicketError,
 )
 from dask_shm_bridge.layout import REGION_NAMES, Layout, grains
-
-if TYPE_CHECKING:
-    import lmdb
+from dask_shm_bridge.record import Record, Tables
 
 GUARD = "guard"  # the role of a member that holds a forked child's leases
-TABLES = ("meta", "free", "extent", "lease", "connection", "ticket", "member")
-
-_ONE = struct.Struct(">Q")  # big-endian keys sort as numbers do
-_TWO = struct.Struct(">QQ")
-_EXTENT = struct.Struct(">QQQI")  # offset, length, nbytes, number of leases and tickets
-_TICKET = struct.Struct(">QQQ")  # extent, start within it, nbytes
-_MEMBER = struct.Struct(">QQ")  # pid, bytes it holds; then its role
-_PRESSURE = struct.Struct(">QIQ")  # count, region, nbytes
+MAX_EXTENTS = 8192  # more would make each transaction slow; the pool counts as full
 
 
 class Grant(NamedTuple):
@@ -107,7 +83,7 @@ class Ledger:
     Parameters
     ----------
     path : str
-        The folder that ``data.mdb`` lies in.
+        The folder that its file lies in.
     lock_fd : int
         The ledger's lock file, opened once in this process.
     layout : Layout
@@ -117,92 +93,28 @@ class Ledger:
 
     Notes
     -----
-    Threads of one process take turns. Every public method is one transaction and raises
-    `LedgerBusyError` if the lock was not had in time.
+    Every public method is one transaction, raises `LedgerBusyError` if the lock was not had in
+    time, and may be called from any thread.
     """
 
     def __init__(self, path: str, lock_fd: int, layout: Layout, timeout_s: float = 2.0) -> None:
-        self._env = _open(path, _map_bytes(layout), writemap=True)
-        self._lock_fd = lock_fd
+        self.record = Record(path, lock_fd, record_bytes(layout), timeout_s)
         self._layout = layout
-        self._timeout_s = timeout_s
-        self._mutex = threading.Lock()
-        self._closed = False
-        try:
-            with self.transaction() as txn:
-                self._tables: dict[str, Any] = {
-                    name: self._env.open_db(name.encode(), txn=txn) for name in TABLES
-                }
-                if txn.get(b"next", db=self._tables["meta"]) is None:
-                    txn.put(b"next", _ONE.pack(1), db=self._tables["meta"])
-                    txn.put(_ONE.pack(0), _ONE.pack(layout.size_bytes), db=self._tables["free"])
-        except BaseException:
-            self.close()  # a process can't open the environment again while it is open
-            raise
 
     @staticmethod
     def create(path: str, layout: Layout) -> None:
-        """Make an empty ledger in a folder and back it with memory, whole.
+        """Make an empty ledger in a folder.
 
         Raises
         ------
         OSError
             ENOSPC where the file system is full.
         """
-        size = _map_bytes(layout)
-        env = _open(path, size, writemap=False)  # by pwrite: an error instead of a SIGBUS
-        env.close()
-        fd = os.open(os.path.join(path, "data.mdb"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            os.ftruncate(fd, size)
-            mapping.commit(fd, 0, size)
-        finally:
-            os.close(fd)
+        Record.create(path, record_bytes(layout), Tables(free=[[0, layout.size_bytes]]))
 
     def close(self) -> None:
-        """Close the environment; the record stays."""
-        with self._mutex:
-            self._closed = True
-            self._env.close()
-
-    def abandon(self) -> None:
-        """Close a handle inherited by a fork, without the locks, which may be held for ever."""
-        self._env.close()
-
-    @contextmanager
-    def transaction(self, timeout_s: float | None = None) -> Iterator[lmdb.Transaction]:
-        """Open the one kind of transaction there is, under the lock."""
-        import lmdb
-
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise LedgerBusyError("another thread has held the ledger past the deadline")
-        try:
-            if self._closed:  # the lock's descriptor may be somebody's socket by now
-                raise LedgerError("the pool was left")
-            self._take_lock(deadline)
-            try:
-                with self._env.begin(write=True) as txn:
-                    yield txn
-            except lmdb.MapFullError:
-                raise LedgerFullError("the ledger of the pool has no room left") from None
-            except lmdb.Error as error:
-                raise LedgerError(f"the ledger can't be used: {error}") from error
-            finally:
-                mapping.unlock(self._lock_fd)
-        finally:
-            self._mutex.release()
-
-    def _take_lock(self, deadline: float) -> None:
-        pause = 20e-6
-        while not mapping.try_lock(self._lock_fd):
-            if time.monotonic() >= deadline:
-                raise LedgerBusyError(
-                    "another process has held the pool's ledger past the deadline "
-                    "(shm-bridge.ledger-timeout); is it stopped?"
-                )
-            time.sleep(pause)
-            pause = min(pause * 2, 1e-3)
+        """Close the file; the record stays."""
+        self.record.close()
 
     # ------------------------------------------------------------------------------ members
 
@@ -214,54 +126,46 @@ class Ledger:
         LedgerError
             If there is a member of this id.
         """
-        with self.transaction() as txn:
-            if self._get(txn, "member", _ONE.pack(member)) is not None:
+        with self.record.changing() as tables:
+            if member in tables.members:
                 raise LedgerError(f"there is a member {member} already")
-            self._put(txn, "member", _ONE.pack(member), _MEMBER.pack(pid, 0) + role.encode())
+            tables.members[member] = [pid, role, 0]
 
     def guard(self, member: int, pid: int, leases: Iterable[tuple[int, int]]) -> None:
         """Add a member (role `GUARD`) with a lease of its own beside each of `leases`."""
-        with self.transaction() as txn:
-            self._put(txn, "member", _ONE.pack(member), _MEMBER.pack(pid, 0) + GUARD.encode())
+        with self.record.changing() as tables:
+            tables.members[member] = [pid, GUARD, 0]
             for extent, lease in leases:
-                if self._get(txn, "lease", _TWO.pack(extent, lease)) is not None:
-                    self._count(txn, extent, 1)
-                    key = _TWO.pack(extent, self._next(txn))
-                    self._put(txn, "lease", key, _ONE.pack(member))
-                    row = self._get(txn, "extent", _ONE.pack(extent))
-                    self._hold(txn, member, _EXTENT.unpack(row)[1])  # type: ignore[arg-type]
+                if lease in tables.leases:
+                    _lease(tables, extent, member)
+                    tables.extents[extent][3] += 1
 
     def leave(self, members: Iterable[int]) -> int:
         """Take members away with all that is theirs; return how many extents became free."""
+        gone = set(members)
         freed = 0
-        with self.transaction() as txn:
-            gone = set(members)
-            for key, value in self._rows(txn, "connection"):
-                if _ONE.unpack(value)[0] in gone:
-                    freed += self._disconnect(txn, _ONE.unpack(key)[0])
-            for key, value in self._rows(txn, "lease"):
-                if _ONE.unpack(value)[0] in gone:
-                    freed += self._drop_lease(txn, *_TWO.unpack(key))
+        with self.record.changing() as tables:
+            for connection in [c for c, row in tables.connections.items() if row[0] in gone]:
+                freed += _disconnect(tables, connection)
+            for lease in [lease for lease, row in tables.leases.items() if row[1] in gone]:
+                freed += _drop_lease(tables, lease)
             for member in gone:
-                txn.delete(_ONE.pack(member), db=self._tables["member"])
+                tables.members.pop(member, None)
         return freed
 
     def members(self) -> list[Member]:
         """Return all members."""
-        with self.transaction() as txn:
-            return [
-                Member(_ONE.unpack(key)[0], *_unpack_member(value))
-                for key, value in self._rows(txn, "member")
-            ]
+        with self.record.reading() as tables:
+            return [Member(member, *row) for member, row in tables.members.items()]
 
     # -------------------------------------------------------------------------- connections
 
     def connect(self, member: int, timeout_s: float | None = None) -> int:
         """Make a connection that `member` will receive by, and return its id."""
-        with self.transaction(timeout_s) as txn:
-            self._member(txn, member)
-            connection = self._next(txn)
-            self._put(txn, "connection", _ONE.pack(connection), _ONE.pack(member))
+        with self.record.changing(timeout_s) as tables:
+            _check_member(tables, member)
+            connection = _next(tables)
+            tables.connections[connection] = [member, {}]
             return connection
 
     # ------------------------------------------------------------------- extents and tickets
@@ -271,8 +175,8 @@ class Ledger:
 
         The lowest free address goes first, so that warm pages are used again.
         """
-        with self.transaction() as txn:
-            return [self._allocate(txn, member, nbytes, region) for nbytes in sizes]
+        with self.record.changing() as tables:
+            return [self._allocate(tables, member, nbytes, region) for nbytes in sizes]
 
     def ship(
         self,
@@ -312,23 +216,26 @@ class Ledger:
         ------
         ConnectionGoneError
             If the receiver has taken its row away.
+        LedgerError
+            If a part does not lie in its extent, or a ticket number is taken.
         """
-        with self.transaction(timeout_s) as txn:
-            if self._get(txn, "connection", _ONE.pack(connection)) is None:
+        with self.record.changing(timeout_s) as tables:
+            if connection not in tables.connections:
                 raise ConnectionGoneError(f"connection {connection} is gone, and so is its reader")
             refused, grants = set(), {}
             for number, part in references:
-                if self._get(txn, "lease", _TWO.pack(part.extent, part.lease)) is None:
+                lease = tables.leases.get(part.lease)
+                if lease is None or lease != [part.extent, member]:
                     refused.add(number)
-                    continue
-                self._ticket(txn, connection, number, part.extent, part.start, part.nbytes)
+                else:
+                    _ticket(tables, connection, number, part.extent, part.start, part.nbytes)
             for number, nbytes in sizes:
-                grant = self._allocate(txn, member, nbytes, region)
+                grant = self._allocate(tables, member, nbytes, region)
                 if grant is None:
-                    self._press(txn, region, nbytes)
-                    continue
-                self._ticket(txn, connection, number, grant.extent, 0, nbytes)
-                grants[number] = grant
+                    tables.pressure = [tables.pressure[0] + 1, region, nbytes]
+                else:
+                    _ticket(tables, connection, number, grant.extent, 0, nbytes)
+                    grants[number] = grant
             return refused, grants
 
     def adopt(
@@ -345,22 +252,16 @@ class Ledger:
         StaleTicketError
             If one of them is not there; then none is adopted.
         """
-        with self.transaction(timeout_s) as txn:
+        with self.record.changing(timeout_s) as tables:
+            _check_member(tables, member)
+            tickets = _tickets(tables, connection)
             grants = []
-            self._member(txn, member)
             for number in numbers:
-                key = _TWO.pack(connection, number)
-                value = txn.pop(key, db=self._tables["ticket"])
-                if value is None:
+                if number not in tickets:
                     raise StaleTicketError(f"ticket {number} of connection {connection} is gone")
-                extent, start, nbytes = _TICKET.unpack(value)
-                row = self._get(txn, "extent", _ONE.pack(extent))
-                if row is None:  # pragma: no cover - rule 3 forbids it
-                    raise LedgerError(f"ticket {number} names extent {extent}, which is not there")
-                offset, length, _, _ = _EXTENT.unpack(row)
-                lease = self._next(txn)
-                self._put(txn, "lease", _TWO.pack(extent, lease), _ONE.pack(member))
-                self._hold(txn, member, length)
+                extent, start, nbytes = tickets.pop(number)
+                lease = _lease(tables, extent, member)
+                offset = tables.extents[extent][0]
                 grants.append(Grant(extent, lease, offset + start, nbytes, start))
             return grants
 
@@ -375,261 +276,182 @@ class Ledger:
         What is not there any more is passed over. Returns how many extents became free.
         """
         freed = 0
-        with self.transaction() as txn:
-            for extent, lease in leases:
-                freed += self._drop_lease(txn, extent, lease)
+        with self.record.changing() as tables:
+            for _, lease in leases:
+                freed += _drop_lease(tables, lease)
             for connection, number in tickets:
-                value = txn.pop(_TWO.pack(connection, number), db=self._tables["ticket"])
-                if value is not None:
-                    freed += self._count(txn, _TICKET.unpack(value)[0], -1)
+                waiting = _tickets(tables, connection)
+                if number in waiting:
+                    freed += _uncount(tables, waiting.pop(number)[0])
             for connection in connections:
-                freed += self._disconnect(txn, connection)
+                freed += _disconnect(tables, connection)
         return freed
 
     # ------------------------------------------------------------------------------ reports
 
     def usage(self) -> dict[str, Any]:
         """Return counts of rows, and bytes used by region."""
-        with self.transaction() as txn:
-            used = dict.fromkeys(REGION_NAMES, 0)
-            for _, value in self._rows(txn, "extent"):
-                offset, length, _, _ = _EXTENT.unpack(value)
+        used = dict.fromkeys(REGION_NAMES, 0)
+        with self.record.reading() as tables:
+            for offset, length, _, _ in tables.extents.values():
                 for region in REGION_NAMES:
                     start, end = self._layout.window(region)
                     used[region] += max(0, min(end, offset + length) - max(start, offset))
             counts = {
-                name: txn.stat(self._tables[name])["entries"]
-                for name in ("extent", "lease", "connection", "ticket", "member")
+                "extent": len(tables.extents),
+                "lease": len(tables.leases),
+                "connection": len(tables.connections),
+                "ticket": sum(len(row[1]) for row in tables.connections.values()),
+                "member": len(tables.members),
             }
         return {"used": used, "counts": counts}
 
     def pressure(self) -> Pressure:
         """Return the last want of space that was not met."""
-        with self.transaction() as txn:
-            value = self._get(txn, "meta", b"pressure")
-        if value is None:
-            return Pressure(0, "scratch", 0)
-        number, region, nbytes = _PRESSURE.unpack(value)
-        return Pressure(number, REGION_NAMES[region], nbytes)
+        with self.record.reading() as tables:
+            return Pressure(*tables.pressure)
 
     def largest_free(self, region: str, nbytes: int) -> int:
         """Return the longest free run that `region` may use for `nbytes`, in bytes."""
-        with self.transaction() as txn:
-            return max((end - start for start, end in self._runs(txn, region, nbytes)), default=0)
+        with self.record.reading() as tables:
+            if len(tables.extents) >= MAX_EXTENTS:
+                return 0
+            return max(
+                (
+                    min(start + length, last) - max(start, first)
+                    for first, last in self._layout.windows(region, nbytes)
+                    for start, length in tables.free
+                    if start < last and start + length > first
+                ),
+                default=0,
+            )
 
     def snapshot(self) -> dict[str, dict[Any, Any]]:
         """Return every table as a plain dictionary, for checks and for curiosity."""
-        shapes: dict[str, tuple[Callable[[bytes], Any], Callable[[bytes], Any]]] = {
-            "free": (_first, _first),
-            "extent": (_first, _EXTENT.unpack),
-            "lease": (_TWO.unpack, _first),
-            "connection": (_first, _first),
-            "ticket": (_TWO.unpack, _TICKET.unpack),
-            "member": (_first, _unpack_member),
-        }
-        with self.transaction() as txn:
+        with self.record.reading() as tables:
             return {
-                name: {key(k): value(v) for k, v in self._rows(txn, name)}
-                for name, (key, value) in shapes.items()
+                "free": {offset: length for offset, length in tables.free},
+                "extent": {extent: tuple(row) for extent, row in tables.extents.items()},
+                "lease": {(row[0], lease): row[1] for lease, row in tables.leases.items()},
+                "connection": {c: row[0] for c, row in tables.connections.items()},
+                "ticket": {
+                    (connection, number): tuple(ticket)
+                    for connection, row in tables.connections.items()
+                    for number, ticket in row[1].items()
+                },
+                "member": {member: tuple(row) for member, row in tables.members.items()},
             }
 
-    # ------------------------------------------------------------- rows, inside a transaction
-
-    def _get(self, txn: lmdb.Transaction, table: str, key: bytes) -> bytes | None:
-        value: Any = txn.get(key, db=self._tables[table])  # bytes, as buffers are not asked for
-        return cast("bytes | None", value)
-
-    def _put(self, txn: lmdb.Transaction, table: str, key: bytes, value: bytes) -> None:
-        txn.put(key, value, db=self._tables[table])
-
-    def _rows(self, txn: lmdb.Transaction, table: str) -> list[tuple[bytes, bytes]]:
-        with txn.cursor(db=self._tables[table]) as cursor:
-            return cast("list[tuple[bytes, bytes]]", list(cursor))
-
-    def _next(self, txn: lmdb.Transaction) -> int:
-        number = int(_ONE.unpack(self._get(txn, "meta", b"next"))[0])  # type: ignore[arg-type]
-        self._put(txn, "meta", b"next", _ONE.pack(number + 1))
-        return number
-
-    def _member(self, txn: lmdb.Transaction, member: int) -> None:
-        if self._get(txn, "member", _ONE.pack(member)) is None:
-            raise MemberGoneError(f"member {member} is not in the ledger any more")
-
-    def _press(self, txn: lmdb.Transaction, region: str, nbytes: int) -> None:
-        """Note that space was wanted and not had, for holders of old leases to see."""
-        value = self._get(txn, "meta", b"pressure")
-        number = 1 + (_PRESSURE.unpack(value)[0] if value else 0)
-        row = _PRESSURE.pack(number, REGION_NAMES.index(region), nbytes)
-        self._put(txn, "meta", b"pressure", row)
-
-    def _hold(self, txn: lmdb.Transaction, member: int, change: int) -> None:
-        value = self._get(txn, "member", _ONE.pack(member))
-        if value is not None:
-            pid, held = _MEMBER.unpack_from(value)
-            held = max(0, held + change)
-            self._put(
-                txn,
-                "member",
-                _ONE.pack(member),
-                _MEMBER.pack(pid, held) + value[_MEMBER.size :],
-            )
-
-    def _count(self, txn: lmdb.Transaction, extent: int, change: int) -> int:
-        """Count the names of an extent up or down; at none it is free. Return 1 if so."""
-        key = _ONE.pack(extent)
-        row = self._get(txn, "extent", key)
-        if row is None:  # pragma: no cover - rule 3 forbids it
-            raise LedgerError(f"extent {extent} is not there")
-        offset, length, nbytes, names = _EXTENT.unpack(row)
-        names += change
-        if names:
-            self._put(txn, "extent", key, _EXTENT.pack(offset, length, nbytes, names))
-            return 0
-        txn.delete(key, db=self._tables["extent"])
-        self._free(txn, offset, length)
-        return 1
-
-    def _ticket(
-        self,
-        txn: lmdb.Transaction,
-        connection: int,
-        number: int,
-        extent: int,
-        start: int,
-        nbytes: int,
-    ) -> None:
-        """Name a part of an extent under a connection."""
-        self._count(txn, extent, 1)
-        key, value = _TWO.pack(connection, number), _TICKET.pack(extent, start, nbytes)
-        if not txn.put(key, value, overwrite=False, db=self._tables["ticket"]):
-            raise LedgerError(f"there is a ticket {number} of connection {connection} already")
-
-    def _drop_lease(self, txn: lmdb.Transaction, extent: int, lease: int) -> int:
-        value = txn.pop(_TWO.pack(extent, lease), db=self._tables["lease"])
-        if value is None:
-            return 0
-        row = self._get(txn, "extent", _ONE.pack(extent))
-        self._hold(txn, _ONE.unpack(value)[0], -_EXTENT.unpack(row)[1])  # type: ignore[arg-type]
-        return self._count(txn, extent, -1)
-
-    def _disconnect(self, txn: lmdb.Transaction, connection: int) -> int:
-        freed = 0
-        txn.delete(_ONE.pack(connection), db=self._tables["connection"])
-        first = _TWO.pack(connection, 0)
-        tickets = []
-        with txn.cursor(db=self._tables["ticket"]) as cursor:
-            if cursor.set_range(first):
-                for key, value in cursor:
-                    if _TWO.unpack(key)[0] != connection:
-                        break
-                    tickets.append((key, value))
-        for key, value in tickets:
-            txn.delete(key, db=self._tables["ticket"])
-            freed += self._count(txn, _TICKET.unpack(value)[0], -1)
-        return freed
-
-    # ------------------------------------------------------------ space, inside a transaction
-
-    def _runs(self, txn: lmdb.Transaction, region: str, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the free runs that `region` may use, clipped to its windows, lowest first."""
-        with txn.cursor(db=self._tables["free"]) as cursor:
-            for first, last in self._layout.windows(region, nbytes):
-                # the run that begins before the window may reach into it
-                found = cursor.set_range(_ONE.pack(first))
-                if not found:
-                    found = cursor.last()
-                elif cursor.key() != _ONE.pack(first):
-                    found = cursor.prev() or cursor.first()
-                while found:
-                    start, length = _first(cursor.key()), _first(cursor.value())
-                    if start >= last:
-                        break
-                    low, high = max(start, first), min(start + length, last)
-                    if high > low:
-                        yield low, high
-                    found = cursor.next()
-
-    def _allocate(
-        self, txn: lmdb.Transaction, member: int, nbytes: int, region: str
-    ) -> Grant | None:
-        length = grains(nbytes)
-        for offset, end in self._runs(txn, region, length):
-            if end - offset >= length:
-                break
-        else:
+    def _allocate(self, tables: Tables, member: int, nbytes: int, region: str) -> Grant | None:
+        _check_member(tables, member)
+        if len(tables.extents) >= MAX_EXTENTS:
             return None
-        self._member(txn, member)
-        self._take(txn, offset, length)
-        extent, lease = self._next(txn), self._next(txn)
-        self._put(txn, "extent", _ONE.pack(extent), _EXTENT.pack(offset, length, nbytes, 1))
-        self._put(txn, "lease", _TWO.pack(extent, lease), _ONE.pack(member))
-        self._hold(txn, member, length)
-        return Grant(extent, lease, offset, nbytes)
-
-    def _take(self, txn: lmdb.Transaction, offset: int, length: int) -> None:
-        """Cut [offset, offset + length) out of the free run it lies in."""
-        table = self._tables["free"]
-        with txn.cursor(db=table) as cursor:
-            if not (cursor.set_range(_ONE.pack(offset)) and cursor.key() == _ONE.pack(offset)):
-                cursor.prev() if cursor.key() else cursor.last()
-            start, run = _first(cursor.key()), _first(cursor.value())
-        txn.delete(_ONE.pack(start), db=table)
-        if offset > start:
-            txn.put(_ONE.pack(start), _ONE.pack(offset - start), db=table)
-        if start + run > offset + length:
-            rest = start + run - offset - length
-            txn.put(_ONE.pack(offset + length), _ONE.pack(rest), db=table)
-
-    def _free(self, txn: lmdb.Transaction, offset: int, length: int) -> None:
-        """Give a run back and join it with its free neighbours."""
-        table = self._tables["free"]
-        with txn.cursor(db=table) as cursor:
-            if cursor.set_range(_ONE.pack(offset)):
-                start, run = _first(cursor.key()), _first(cursor.value())
-                before = cursor.prev()
-            else:
-                start, run = -1, 0
-                before = cursor.last()
-            if start == offset + length:
-                length += run
-                txn.delete(_ONE.pack(start), db=table)
-            if before:
-                start, run = _first(cursor.key()), _first(cursor.value())
-                if start + run == offset:
-                    offset, length = start, length + run
-        txn.put(_ONE.pack(offset), _ONE.pack(length), db=table)
+        length = grains(nbytes)
+        for first, last in self._layout.windows(region, length):
+            for place, (start, run) in enumerate(tables.free):
+                offset = max(start, first)
+                if min(start + run, last) - offset >= length:
+                    _take(tables.free, place, offset, length)
+                    extent = _next(tables)
+                    tables.extents[extent] = [offset, length, nbytes, 1]
+                    return Grant(extent, _lease(tables, extent, member), offset, nbytes)
+                if start >= last:
+                    break
+        return None
 
 
-def _first(data: bytes | memoryview) -> int:
-    number: int = _ONE.unpack(data)[0]
-    return number
+def record_bytes(layout: Layout) -> int:
+    """Return the size of the record's file: room for several copies of full tables."""
+    return min(16 << 20, max(1 << 20, layout.size_bytes // 64 // 4096 * 4096))
 
 
-def _unpack_member(value: bytes) -> tuple[int, str, int]:
-    pid, held = _MEMBER.unpack_from(value)
-    return pid, value[_MEMBER.size :].decode(), held
+# ------------------------------------------------------------------- rows, inside a transaction
 
 
-def _map_bytes(layout: Layout) -> int:
-    """Return the ledger's size: enough for an extent a grain in a small pool, 16 MiB at most."""
-    return min(16 << 20, max(2 << 20, layout.size_bytes // 256 // 4096 * 4096))
+def _next(tables: Tables) -> int:
+    tables.next += 1
+    return tables.next - 1
 
 
-def _open(path: str, size: int, *, writemap: bool) -> lmdb.Environment:
-    import lmdb
+def _check_member(tables: Tables, member: int) -> None:
+    if member not in tables.members:
+        raise MemberGoneError(f"member {member} is not in the ledger any more")
 
-    try:
-        return lmdb.open(
-            path,
-            map_size=size,
-            max_dbs=len(TABLES),
-            mode=0o600,
-            lock=False,
-            sync=False,
-            metasync=False,
-            writemap=writemap,
-            readahead=False,
-            max_spare_txns=1,
-        )
-    except lmdb.Error as error:
-        raise LedgerError(f"the ledger in {path} can't be opened: {error}") from error
+
+def _lease(tables: Tables, extent: int, member: int) -> int:
+    """Make a lease; whoever calls this accounts for the name that the extent gets by it."""
+    lease = _next(tables)
+    tables.leases[lease] = [extent, member]
+    if member in tables.members:
+        tables.members[member][2] += tables.extents[extent][1]
+    return lease
+
+
+def _drop_lease(tables: Tables, lease: int) -> int:
+    row = tables.leases.pop(lease, None)
+    if row is None:
+        return 0
+    extent, member = row
+    if member in tables.members:
+        tables.members[member][2] -= tables.extents[extent][1]
+    return _uncount(tables, extent)
+
+
+def _ticket(
+    tables: Tables, connection: int, number: int, extent: int, start: int, nbytes: int
+) -> None:
+    """Name a part of an extent under a connection."""
+    row, tickets = tables.extents[extent], tables.connections[connection][1]
+    if start < 0 or nbytes < 0 or start + nbytes > row[2]:
+        raise LedgerError(f"[{start}, {start + nbytes}) is no part of an extent of {row[2]} bytes")
+    if number in tickets:
+        raise LedgerError(f"there is a ticket {number} of connection {connection} already")
+    row[3] += 1
+    tickets[number] = [extent, start, nbytes]
+
+
+def _uncount(tables: Tables, extent: int) -> int:
+    """Take one name of an extent away; at none it is free. Return 1 if so."""
+    row = tables.extents[extent]
+    row[3] -= 1
+    if row[3]:
+        return 0
+    del tables.extents[extent]
+    _free(tables.free, row[0], row[1])
+    return 1
+
+
+def _tickets(tables: Tables, connection: int) -> dict[int, list[int]]:
+    row = tables.connections.get(connection)
+    return {} if row is None else row[1]
+
+
+def _disconnect(tables: Tables, connection: int) -> int:
+    tickets = _tickets(tables, connection)
+    tables.connections.pop(connection, None)
+    return sum(_uncount(tables, extent) for extent, _, _ in tickets.values())
+
+
+# ------------------------------------------------------------------ space, inside a transaction
+
+
+def _take(free: list[list[int]], place: int, offset: int, length: int) -> None:
+    """Cut [offset, offset + length) out of the free run at `place`, which holds it."""
+    start, run = free[place]
+    rest = []
+    if offset > start:
+        rest.append([start, offset - start])
+    if start + run > offset + length:
+        rest.append([offset + length, start + run - offset - length])
+    free[place : place + 1] = rest
+
+
+def _free(free: list[list[int]], offset: int, length: int) -> None:
+    """Give a run back and join it with its free neighbours."""
+    place = bisect.bisect_left(free, [offset, 0])
+    if place < len(free) and free[place][0] == offset + length:
+        length += free.pop(place)[1]
+    if place and sum(free[place - 1]) == offset:
+        free[place - 1][1] += length
+    else:
+        free.insert(place, [offset, length])

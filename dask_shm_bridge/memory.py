@@ -13,6 +13,7 @@ which a process has mapped is left out too, where it uses a pool.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import psutil
@@ -30,6 +31,12 @@ def install() -> None:
         setattr(SystemMonitor, "get_process_memory", _of_worker(SystemMonitor.get_process_memory))  # noqa: B010
     if not hasattr(NannyMemoryManager.memory_monitor, _MARK):
         setattr(NannyMemoryManager, "memory_monitor", _of_nanny(NannyMemoryManager.memory_monitor))  # noqa: B010
+    # A nanny makes its callback before it loads the comm: the ones there are must take the new.
+    module = sys.modules.get("distributed.nanny")
+    for nanny in list(module.Nanny._instances) if module is not None else ():
+        monitor = nanny.periodic_callbacks.get("memory_monitor")
+        if monitor is not None:
+            monitor.callback = functools.partial(nanny.memory_manager.memory_monitor, nanny)
 
 
 def _of_worker(original: Any) -> Any:

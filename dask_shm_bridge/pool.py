@@ -452,7 +452,7 @@ def forget() -> None:
         pool.closed = True
         _inherited.append(pool)  # its mappings must stay, whatever the child still refers to
         with contextlib.suppress(Exception):
-            pool.ledger.abandon()
+            pool.ledger.record.abandon()
     _pools.clear()
 
 

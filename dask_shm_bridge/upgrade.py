@@ -101,9 +101,6 @@ def upgrade_scheduler(scheduler: Any) -> None:
 def upgrade_nanny(nanny: Any) -> None:
     """Make a running nanny negotiate, and leave pool pages out of its worker's memory."""
     upgrade_server(nanny)
-    monitor = nanny.periodic_callbacks.get("memory_monitor")
-    if monitor is not None:
-        monitor.callback = partial(nanny.memory_manager.memory_monitor, nanny)
 
 
 async def _upgrade_stream(stream: Any, ask: Any) -> bool:

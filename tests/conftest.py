@@ -87,16 +87,14 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def pool_folder(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def pool_folder(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Give this test a pool folder, in the configuration and in the environment of children."""
     folder = MEMORY / f"dask-shm-bridge-test-{os.getpid()}-{secrets.token_hex(4)}"
     config = {"shm-bridge.pool.path": str(folder), **POOL}
-    for key, value in config.items():
-        monkeypatch.setenv(environment_name(key), str(value))
     threads = bridge_threads()
-    with dask.config.set(config):
+    with pytest.MonkeyPatch.context() as patch, dask.config.set(config):
+        for key, value in config.items():
+            patch.setenv(environment_name(key), str(value))
         yield folder
     leave(folder)
     request.node.funcargs.pop("small_pool", None)  # its mappings live as long as it does

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -10,12 +9,12 @@ import subprocess
 import threading
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
 import pytest
-
 from conftest import descriptors, eventually, leftovers
+
 from dask_shm_bridge import folder, mapping
 from dask_shm_bridge.errors import (
     LedgerBusyError,
@@ -25,7 +24,7 @@ from dask_shm_bridge.errors import (
     PoolUnsupportedError,
 )
 from dask_shm_bridge.layout import HEADER_BYTES, HEADER_SIZE, Header, Layout
-from dask_shm_bridge.ledger import Ledger
+from dask_shm_bridge.ledger import Ledger, record_bytes
 from dask_shm_bridge.views import Views
 
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
@@ -286,8 +285,10 @@ def test_a_part_of_the_pool_is_missing_while_in_use(settings, pool_folder, child
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"\xff\xfe garbage", b"pool-", b"../../etc", b"pool-" + b"z" * 32, b"x" * 5000]
-    + [b"pool-" + b"0" * 32],
+    [
+        *(b"", b"\xff\xfe garbage", b"pool-", b"../../etc", b"x" * 5000),
+        *(b"pool-" + b"z" * 32, b"pool-" + b"0" * 32),
+    ],
 )
 def test_garbage_in_the_pointer(settings, pool_folder, text):
     pool_folder.mkdir(mode=0o700)
@@ -365,17 +366,19 @@ def test_parts_with_foreign_modes_are_refused(settings, pool_folder, child, part
 
 def test_a_small_file_system_gives_a_smaller_pool_and_one_warning(settings, mounted, caplog, child):
     path = mounted("24m")
-    with caplog.at_level(logging.WARNING, "dask_shm_bridge"):
-        with attached(settings, path=str(path)) as one:
-            assert one.header.asked == settings().layout
-            assert one.header.layout.slots == (4, 4, 8)
-            assert one.header.layout == settings().layout.shrunk(int(24 * MiB * 0.9))
-            assert len(caplog.records) == 1
-            other = child("import os\nos.environ['DASK_SHM_BRIDGE__POOL__PATH'] = sys.argv[1]\n" + STAY + "one.leave()\nsay()\nhear()", path)
-            assert other.hear()[0] == one.name  # who asks for the same gets the same
-            other.ask()
-            # as large as it is said to be: every byte can be committed
-            mapping.commit(one.pool_fd, HEADER_BYTES, one.header.layout.size_bytes)
+    script = "import os\nos.environ['DASK_SHM_BRIDGE__POOL__PATH'] = sys.argv[1]\n" + STAY
+    with attached(settings, path=str(path)) as one:
+        assert one.header.asked == settings().layout
+        assert one.header.layout.slots == (4, 4, 8)
+        assert one.header.layout == settings().layout.shrunk(
+            int(24 * MiB * 0.9) - record_bytes(settings().layout)
+        )
+        assert len(caplog.records) == 1
+        other = child(script + "one.leave()\nsay()\nhear()", path)
+        assert other.hear()[0] == one.name  # who asks for the same gets the same
+        other.ask()
+        # as large as it is said to be: every byte can be committed
+        mapping.commit(one.pool_fd, HEADER_BYTES, one.header.layout.size_bytes)
     (record,) = caplog.records
     assert "--shm-size" in record.getMessage()
     assert os.listdir(path) == ["lock"]
@@ -490,10 +493,8 @@ def test_a_pid_used_again_is_no_proof_of_life(settings, pool_folder, child):
         other = child(STAY)
         _, member = other.hear()
         other.kill()
-        with one.ledger.transaction() as txn:
-            key = member.to_bytes(8, "big")
-            row = one.ledger._get(txn, "member", key)
-            one.ledger._put(txn, "member", key, os.getpid().to_bytes(8, "big") + row[8:])
+        with one.ledger.record.changing() as tables:
+            tables.members[member][0] = os.getpid()
         assert one.dead_members() == [member]
         one.sweep()
 
@@ -649,7 +650,7 @@ def test_a_busy_ledger_is_a_pool_error_and_leaves_nothing(settings, pool_folder,
         ATTACH
         + """
 one = folder.attach(settings, "worker")
-with one.ledger.transaction():
+with one.ledger.record.changing():
     say(one.name)
     hear()
 say()
@@ -928,10 +929,8 @@ os.waitpid(pid, 0)
             other.say()
             assert eventually(lambda: one.sweep() == 1)
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def test_multiprocessing_forks(settings, child):

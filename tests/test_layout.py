@@ -33,10 +33,17 @@ layouts = st.builds(
 # Written down once; other versions of this package, and other programs, read these bytes.
 GOLDEN = bytes.fromhex(
     "4441534b53484d42"  # DASKSHMB
-    "01000000" "00000000"  # format 1, padding
+    "01000000"
+    "00000000"  # format 1, padding
     "000102030405060708090a0b0c0d0e0f"  # pool id
-    "0000001000000000" "04000000" "04000000" "08000000"  # 256 MiB; 4, 4 and 8 slots
-    "0000002000000000" "01000000" "02000000" "03000000"  # asked: 512 MiB; 1, 2 and 3 slots
+    "0000001000000000"
+    "04000000"
+    "04000000"
+    "08000000"  # 256 MiB; 4, 4 and 8 slots
+    "0000002000000000"
+    "01000000"
+    "02000000"
+    "03000000"  # asked: 512 MiB; 1, 2 and 3 slots
     "f3086dca"  # CRC-32 of all that
 )
 

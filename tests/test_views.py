@@ -14,13 +14,14 @@ import time
 import weakref
 from queue import SimpleQueue
 
+import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import scipy.sparse
+from conftest import MEMORY, environment_name, eventually
 
-from conftest import MEMORY, eventually
 from dask_shm_bridge import mapping
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.ledger import Grant, Ledger
@@ -36,6 +37,18 @@ OTHERS = 77  # a second member, which wants every free byte
 
 class FullError(Exception):
     """What ended is not given back yet."""
+
+
+@pytest.fixture
+def small_pool(monkeypatch):
+    """Join a pool of 16 slots of 512 KiB, quick to overwrite."""
+    from dask_shm_bridge import pool
+
+    sizes = {"size": "8 MiB", "slot-size": "512 KiB"}
+    for key, value in sizes.items():
+        monkeypatch.setenv(environment_name(f"shm-bridge.pool.{key}"), value)
+    with dask.config.set({f"shm-bridge.pool.{key}": value for key, value in sizes.items()}):
+        yield pool.attach()
 
 
 def payload(nbytes=NBYTES, seed=0):
@@ -246,7 +259,7 @@ OBJECTS = {
     "traceback": (raised, raised_bytes),
     "generator": (generator, next),
     "closure": (
-        lambda view: (lambda: np.frombuffer(view).tobytes()),
+        lambda view: lambda: np.frombuffer(view).tobytes(),
         lambda made: made(),
     ),
     "iterator": (
@@ -254,12 +267,17 @@ OBJECTS = {
         lambda made: made.operands[0].tobytes(),
     ),
     "flat": (lambda view: np.asarray(view).flat, lambda made: made.base.tobytes()),
-    "dict": (lambda view: {"deep": [{"er": np.asarray(view)}]}, lambda made: made["deep"][0]["er"].tobytes()),
+    "dict": (
+        lambda view: {"deep": [{"er": np.asarray(view)}]},
+        lambda made: made["deep"][0]["er"].tobytes(),
+    ),
     "cycle": (lambda view: Holder(np.frombuffer(view)), lambda made: made.array.tobytes()),
 }
-BUILDERS = {name: (build, bytes_of) for name, build in ARRAYS.items() for bytes_of in [
-    lambda made: np.asarray(made).tobytes()
-]} | OBJECTS
+BUILDERS = {
+    name: (build, bytes_of)
+    for name, build in ARRAYS.items()
+    for bytes_of in [lambda made: np.asarray(made).tobytes()]
+} | OBJECTS
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -727,7 +745,8 @@ def test_part_names_exactly_these_bytes(store):
     source = random.Random(1)
     edges = [0, 1, PAGE - 1, PAGE, PAGE + 1, GRAIN_BYTES, NBYTES - 1, NBYTES]
     for _ in range(100):
-        start, end = sorted(source.choice([source.choice(edges), source.randrange(NBYTES)]) for _ in "ab")
+        choices = [source.choice([source.choice(edges), source.randrange(NBYTES)]) for _ in "ab"]
+        start, end = sorted(choices)
         if start == end:
             continue
         part = store.views.part(view.ctypes.data + start, end - start)
@@ -932,7 +951,7 @@ def test_a_view_dies_while_its_locks_are_held(small_pool):
 
     def under_locks():
         nonlocal view
-        with small_pool.views._lock, small_pool.ledger._mutex:
+        with small_pool.views._lock, small_pool.ledger.record._mutex:
             del view
             gc.collect()
         done.set()

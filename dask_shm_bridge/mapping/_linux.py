@@ -12,6 +12,7 @@ Facts this module rests on, with their sources:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -147,18 +148,28 @@ def commit(fd: int, offset: int, nbytes: int) -> None:
 # ---------------------------------------------------------------------------------- locks
 
 
+# Without releasing the interpreter lock, as these never wait: a busy thread would take it for
+# 5 ms, and all other processes would wait for it.
+_libc_fcntl = ctypes.PyDLL(None, use_errno=True).fcntl
+_LOCK = ctypes.create_string_buffer(_FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+_UNLOCK = ctypes.create_string_buffer(_FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
+
 def try_lock(fd: int) -> bool:
     """Take the exclusive lock of a lock file if it is free; the end of the process frees it."""
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    if _libc_fcntl(fd, fcntl.F_SETLK, _LOCK) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EAGAIN, errno.EACCES):
         return False
-    return True
+    raise OSError(error, os.strerror(error))
 
 
 def unlock(fd: int) -> None:
     """Give the lock of a lock file back."""
-    fcntl.lockf(fd, fcntl.LOCK_UN)
+    if _libc_fcntl(fd, fcntl.F_SETLK, _UNLOCK) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 class MemberLock:

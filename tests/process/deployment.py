@@ -70,12 +70,19 @@ def private_pool(**more: Any) -> Iterator[dict[str, Any]]:
         with dask.config.set(config):
             yield config
         gc.collect()
-        pool.detach_all()
+        leave(folder)
         left = sorted(os.listdir(folder)) if folder.exists() else []
         assert left in ([], ["lock"]), f"the last to leave the pool left {left}"
     finally:
-        pool.detach_all()
+        leave(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def leave(folder: Path) -> None:
+    """Leave the pool in `folder`, and no other that this process may be in."""
+    joined = pool._pools.pop(str(folder), None)
+    if joined is not None:
+        joined.close()
 
 
 class Deployment:
@@ -93,8 +100,10 @@ class Deployment:
         Of the scheduler and the workers.
     scheduler_args, worker_args : sequence of str
         More arguments.
-    prefix : sequence of str
-        What starts a Python that runs ``-m``; default: this one.
+    memory_limit : str
+        Of each worker.
+    nanny : bool
+        Whether workers have one.
     """
 
     def __init__(
@@ -107,12 +116,14 @@ class Deployment:
         scheduler_args: tuple[str, ...] = (),
         worker_args: tuple[str, ...] = (),
         memory_limit: str = "0",
+        nanny: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
         self.protocol = protocol
         self.threads = threads
         self.memory_limit = memory_limit
+        self.nanny = nanny
         self.file = folder / f"scheduler-{secrets.token_hex(4)}.json"
         self.processes: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
@@ -147,13 +158,12 @@ class Deployment:
         args: tuple[str, ...] = (),
         config: dict[str, Any] | None = None,
         command: Callable[[list[str]], list[str]] | None = None,
-        nanny: bool = False,
     ) -> subprocess.Popen[bytes]:
         """Start another worker."""
         return self._start(
             "distributed.cli.dask_worker",
             self.address,
-            *(["--nanny"] if nanny else ["--no-nanny"]),
+            *(["--nanny"] if self.nanny else ["--no-nanny"]),
             *("--host", "127.0.0.1", "--name", name, "--nthreads", str(self.threads)),
             *("--memory-limit", self.memory_limit, "--no-dashboard"),
             *("--local-directory", str(self.folder), "--death-timeout", "60"),

@@ -163,3 +163,55 @@ def slow_crc(data: Any, seconds: float) -> int:
     """Checksum of an array that is looked at late."""
     time.sleep(seconds)
     return crc(data)
+
+
+# ------------------------------------------------------------------------------------ stress
+
+
+def ramp(nbytes: int, seed: int) -> np.ndarray:
+    """Make bytes quickly; any two seeds differ in every word."""
+    x = np.arange(nbytes // 8, dtype=np.int64)
+    x += seed << 32
+    return x
+
+
+def check_and_return(x: np.ndarray, right: int) -> np.ndarray:
+    assert crc(x) == right, "wrong bytes on the way in"
+    return x
+
+
+def check_and_overwrite(x: np.ndarray, right: int, seed: int) -> np.ndarray:
+    """Write into the argument and return it."""
+    assert crc(x) == right, "wrong bytes on the way in"
+    x[:] = ramp(x.nbytes, seed)
+    return x
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def memory_of_worker(dask_worker: Any = None) -> dict[str, Any]:
+    """What Dask thinks of a worker's memory, and what it has done about it."""
+    import psutil
+
+    return {
+        "pid": os.getpid(),
+        "status": dask_worker.status.name,
+        "dask": dask_worker.monitor.get_process_memory(),
+        "rss": psutil.Process().memory_info().rss,
+        "private": private_bytes(),
+        "spilled": tuple(getattr(dask_worker.data, "spilled_total", (0, 0))),
+        "limit": dask_worker.memory_manager.memory_limit,
+    }
+
+
+def memory_within(x: np.ndarray, make: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the memory figures while the argument was in use, and an array as large."""
+    from distributed import get_worker
+
+    result = x + 1 if make else x
+    return memory_of_worker(get_worker()), result
+
+
+def managed_bytes(dask_scheduler: Any = None) -> int:
+    return sum(ws.nbytes for ws in dask_scheduler.workers.values())
