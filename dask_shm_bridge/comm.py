@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from ssl import SSLError
 from typing import Any, TypeVar
 
 import msgpack
@@ -32,6 +33,7 @@ from distributed.comm.core import Comm, CommClosedError
 from distributed.comm.tcp import (
     TCP,
     TLS,
+    convert_stream_closed_error,
 )
 from distributed.comm.utils import from_frames, to_frames
 from distributed.protocol.pickle import HIGHEST_PROTOCOL
@@ -196,7 +198,10 @@ class ShmTCP(TCP):
         threshold = link.pool.settings.threshold_bytes
         least = min(threshold, GRAIN_BYTES)
         large = [i for i, nbytes in enumerate(sizes) if nbytes >= least]
-        if sum(sizes[i] for i in large) < threshold or link.pool.closed:
+        if sum(sizes[i] for i in large) < threshold:
+            return self._send(frames)
+        if link.pool.closed:
+            counters.fallback("pool-left", len(large))
             return self._send(frames)
         return await self._write_large(link, frames, sizes, large)
 
@@ -255,9 +260,9 @@ class ShmTCP(TCP):
             for frame in filter(len, separate):
                 total += len(frame)
                 stream.write(frame)
-        except StreamClosedError as error:
+        except (StreamClosedError, SSLError) as error:
             self._closed = True
-            raise CommClosedError(f"in {self}: {error}") from error
+            convert_stream_closed_error(self, error)
         except BaseException:
             self.abort()
             raise
@@ -313,8 +318,8 @@ class ShmTCP(TCP):
             raise CommClosedError(f"in {self}: the stream was closed between two pieces")
         try:
             stream.write(data)
-        except StreamClosedError as error:
-            raise CommClosedError(f"in {self}: {error}") from error
+        except (StreamClosedError, SSLError) as error:
+            convert_stream_closed_error(self, error)
 
     # ------------------------------------------------------------------------------ reading
 
@@ -331,13 +336,14 @@ class ShmTCP(TCP):
                 raise
         try:
             frames = await self._read_frames(shared, connection, stream)
-        except StreamClosedError as error:
+        except (StreamClosedError, SSLError) as error:
             self.stream = None
             self._closed = True
             self._end_connection()
-            raise CommClosedError(f"in {self}: {error}") from error
+            convert_stream_closed_error(self, error)
         except (
             BridgeError,
+            OSError,
             ValueError,
             IndexError,
             TypeError,
@@ -394,13 +400,9 @@ class ShmTCP(TCP):
             try:
                 received = shared.receive(connection, numbers, _DIRECT_TIMEOUT_S)
             except LedgerBusyError:
-                received = await _run(shared, shared.receive, connection, numbers)
+                received = await _insist(stream, shared, shared.receive, connection, numbers)
             if received.waiting:
-                try:
-                    await _run(shared, shared.copy_out, received)
-                except BaseException:
-                    received.undo()
-                    raise
+                await _run(shared, shared.copy_out, received)
             for place, buffer in zip(tickets, received.buffers, strict=True):
                 frames[place] = buffer
             for nbytes in received.viewed:
@@ -421,7 +423,7 @@ class ShmTCP(TCP):
                 raise ValueError(f"a piece of {size} bytes where {nbytes - done} are left")
             part = target[done : done + size]
             if number:
-                await _run(shared, shared.take_piece, connection, number, part)
+                await _insist(stream, shared, shared.take_piece, connection, number, part)
                 counters.count("received", "copied", size)
             else:
                 await wire.read_into(stream, part.data)
@@ -456,6 +458,20 @@ async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
         raise
 
 
+async def _insist(stream: IOStream, shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+    """Run a job that needs the ledger until it is had: what was sent must be read.
+
+    A process that is stopped while it holds the ledger must not cost its peers their connections.
+    """
+    while True:
+        try:
+            return await _run(shared, job, *args)
+        except LedgerBusyError:
+            counters.explain("ledger", "a reader waits: the pool's ledger is held by somebody else")
+            if stream.closed() or shared.closed:
+                raise
+
+
 def _undo(future: Future[Any]) -> None:
     if not future.cancelled() and future.exception() is None:
         undo = getattr(future.result(), "undo", None)
@@ -488,9 +504,9 @@ async def join_pool(comm: ShmTCP) -> None:
                 loop = asyncio.get_running_loop()
                 shared = await loop.run_in_executor(None, pool.attach, settings)
             comm._shared = shared
-    except PoolError as error:
+    except Exception as error:
         comm._cause = "unsupported" if isinstance(error, PoolUnsupportedError) else "no-pool"
-        counters.explain(comm._cause, str(error))
+        counters.explain(comm._cause, str(error) if isinstance(error, PoolError) else repr(error))
 
 
 family.register()

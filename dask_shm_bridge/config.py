@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,24 @@ DEFAULTS_FILE = Path(__file__).with_name("shm-bridge.yaml")
 
 def register_defaults() -> None:
     """Add this package's defaults to Dask's configuration, beneath what is set already."""
-    defaults = yaml.safe_load(DEFAULTS_FILE.read_text())
-    dask.config.update_defaults(defaults)
+    dask.config.update_defaults(yaml.safe_load(DEFAULTS_FILE.read_text()))
+
+
+@cache
+def _defaults() -> Any:
+    return yaml.safe_load(DEFAULTS_FILE.read_text())
 
 
 def get(key: str) -> Any:
-    """Return the value of ``shm-bridge.<key>``."""
-    return dask.config.get(f"shm-bridge.{key}")
+    """Return the value of ``shm-bridge.<key>``, the default where it is not set.
+
+    Defaults that were registered inside ``with dask.config.set({"shm-bridge...": ...})`` go when
+    that block ends, since it has made the key ``shm-bridge`` and takes all of it away: so a
+    cluster that was started there, and imported this package there, would find nothing.
+    """
+    return dask.config.get(
+        f"shm-bridge.{key}", default=dask.config.get(f"shm-bridge.{key}", config=_defaults())
+    )
 
 
 def _bytes(key: str) -> int | None:
@@ -52,6 +64,15 @@ def _seconds(key: str) -> float:
         raise PoolError(f"shm-bridge.{key}: {value!r} is no time such as '5s'") from None
 
 
+def _copy_threads() -> int:
+    value = get("copy-threads")
+    if value is None:
+        return min(8, max(1, (os.cpu_count() or 2) // 2))
+    if not isinstance(value, int) or value < 1:
+        raise PoolError(f"shm-bridge.copy-threads: {value!r} is no number of at least 1")
+    return value
+
+
 def layout_asked() -> Layout | None:
     """Return the layout that the configuration asks for; None where it leaves all open.
 
@@ -64,6 +85,8 @@ def layout_asked() -> Layout | None:
     if size is None and slot is None and regions is None:
         return None
     if regions is not None:
+        if not isinstance(regions, dict):
+            raise PoolError(f"shm-bridge.pool.regions: {regions!r} is no mapping of counts")
         unknown = set(regions) - set(REGION_NAMES)
         if unknown:
             raise PoolError(
@@ -149,7 +172,7 @@ class Settings:
             layout=layout_asked(),
             threshold_bytes=threshold,
             hold_limit=float(hold),
-            copy_threads=int(get("copy-threads") or min(8, max(2, (os.cpu_count() or 2) // 2))),
+            copy_threads=_copy_threads(),
             tls=bool(get("tls")),
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),

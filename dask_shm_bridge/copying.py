@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, wait
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ SPLIT_BYTES = 16 * 1024 * 1024  # a thread's share is at least this
 
 
 def as_bytes(frame: Any) -> npt.NDArray[np.uint8] | None:
-    """Return a contiguous buffer as an array of bytes over the same memory; None if it is not."""
+    """Return a contiguous buffer as an array of bytes over the same memory; None if it is not.
+
+    In the order of memory, also for Fortran's, as Dask does (`PickleBuffer.raw`).
+    """
     view = memoryview(frame)
-    if not view.c_contiguous:
+    if not view.contiguous:
         return None
     if view.nbytes == 0:
         return np.empty(0, np.uint8)
     if view.format != "B" or view.ndim != 1:
-        view = view.cast("B")
+        view = PickleBuffer(view).raw()
     return np.frombuffer(view, np.uint8)
 
 
@@ -49,9 +53,9 @@ class Copier:
         )
 
     def copy(self, target: npt.NDArray[np.uint8], frame: Any) -> None:
-        """Copy a buffer's bytes, in C order, to `target`, which has as many.
+        """Copy a buffer's bytes to `target`, which has as many.
 
-        A strided memoryview is read as it lies: one pass, no contiguous copy between.
+        A strided memoryview is read as it lies, in C order: one pass, no contiguous copy between.
         """
         source: Any = as_bytes(frame)
         if source is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import Counter
 from typing import Any
@@ -55,3 +56,13 @@ def snapshot() -> dict[str, Any]:
             },
             "fallbacks": dict(_fallbacks),
         }
+
+
+def _new_lock() -> None:
+    """Replace the lock in a forked child, where another thread may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)

@@ -104,6 +104,23 @@ class Attachment:
                 os.close(fd)
             _joined.discard(self.name)
 
+    def stay(self, leases: Iterable[int]) -> None:
+        """Keep some leases until this process ends, since it has arrays there that must last.
+
+        The last member removes the files: the memory under the arrays stays, and nobody can be
+        lent it any more.
+        """
+        with contextlib.suppress(LedgerError):
+            self.ledger.leave([self.member], keep=leases)
+        with contextlib.suppress(OSError, PoolError), _turn, _locked(self.path) as base:
+            members = mapping.open_directory("members", dir_fd=self.directory_fd)
+            try:
+                own = _member_name(self.member)  # asking about ourselves would drop our lock
+                if not _alive(members, own):
+                    _remove(self.name, base)
+            finally:
+                os.close(members)
+
     def guard(self, leases: Iterable[tuple[int, int]]) -> mapping.GuardLock:
         """Give a child that is about to be forked leases of its own; close the result after."""
         member = secrets.randbits(63) | 1
@@ -242,8 +259,9 @@ def _in_use(name: str, base: int) -> bool:
         return bool(_alive(members))
 
 
-def _alive(members: int) -> list[str]:
-    return [name for name in os.listdir(members) if mapping.is_alive(name, dir_fd=members)]
+def _alive(members: int, but: str = "") -> list[str]:
+    names = [name for name in os.listdir(members) if name != but]
+    return [name for name in names if mapping.is_alive(name, dir_fd=members)]
 
 
 def _create(settings: Settings, base: int) -> str:

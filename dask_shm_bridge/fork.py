@@ -48,12 +48,14 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    for joined in _unguarded:
-        joined.views.privatise_all()
-    _unguarded.clear()
-    _kept.extend(_guards)  # open for as long as this process lives
-    _guards.clear()
-    pool.forget()
+    try:
+        for joined in _unguarded:
+            joined.views.privatise_all()
+    finally:
+        _unguarded.clear()
+        _kept.extend(_guards)  # open for as long as this process lives
+        _guards.clear()
+        pool.forget()
 
 
 _kept: list[Any] = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_shm_bridge import counters
 from dask_shm_bridge.errors import LedgerError
+from dask_shm_bridge.ledger import GUARD
 from dask_shm_bridge.views import Claim
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Keeper:
         self._pool = pool
         self._retire = retire
         self._users = 0
+        self._ended: list[int] = []
+        self._pending: list[tuple[str, Any]] = []
         self._forked = False
         self._pressure: int | None = None
         self._idle_since: float | None = None
@@ -56,70 +60,91 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; what it has not given back, leaving the pool gives back."""
+        """End the thread, after it has served what was put on the queue before."""
         self._pool.events.put(("stop", None))
         if threading.current_thread() is not self._thread:
             self._thread.join(10)
 
     def _run(self) -> None:
-        """Give back what has ended, until the process leaves the pool."""
-        pending: list[tuple[str, Any]] = []
-        while not self._pool.closed:
-            events = self._wait_for_events(bool(pending))
+        """Serve events until the process leaves the pool."""
+        stopped = False
+        while not stopped:
+            events = self._wait_for_events()
+            stopped = any(kind == "stop" for kind, _ in events)
             try:
-                ended = [value for kind, value in events if kind == "view"]
-                pending += [("lease", lease) for lease in self._pool.views.ended(ended)]
-                pending += [e for e in events if e[0] in ("lease", "ticket", "connection")]
-                pending = self._give_back(pending)
-                self._users += sum(value for kind, value in events if kind == "user")
-                if any(kind == "trim" for kind, _ in events):
-                    self._trim()
-                self._relieve()
-                self._forked |= any(kind == "forked" for kind, _ in events)
-                if self._forked or any(kind == "sweep" for kind, _ in events):
-                    self._pool.sweep()
-                for kind, value in events:
-                    if kind == "call":
-                        value()
-                if self._idle(bool(pending)) and self._retire(self._pool):
+                self._serve(events)
+                if not stopped and self._idle() and self._retire(self._pool):
                     return
             except Exception:  # the keeper must live as long as its pool
                 logger.exception("the keeper of the pool in %s met an error", self._pool.path)
 
-    def _wait_for_events(self, pending: bool) -> list[tuple[str, Any]]:
+    def _serve(self, events: list[tuple[str, Any]]) -> None:
+        kinds = {kind for kind, _ in events}
+        # First what must not be lost if a step fails.
+        self._users += sum(value for kind, value in events if kind == "user")
+        self._forked |= "forked" in kinds
+        self._ended += [value for kind, value in events if kind == "view"]
+        self._pending += [e for e in events if e[0] in ("lease", "ticket", "connection")]
+        while self._ended:
+            lease = self._pool.views.ended(self._ended.pop())
+            if lease is not None:
+                self._pending.append(("lease", lease))
+        self._give_back()
+        with contextlib.suppress(LedgerError, OSError):
+            if "trim" in kinds:
+                self._trim()
+            self._relieve()
+            if self._forked or "sweep" in kinds:
+                self._sweep()
+        for kind, value in events:
+            if kind == "call":
+                value()
+
+    def _wait_for_events(self) -> list[tuple[str, Any]]:
+        pool = self._pool
         timeout: float | None = None
-        if pending:
+        if self._pending or self._ended:
             timeout = 0.05
-        elif len(self._pool.views) or self._users <= 0 or self._forked:
-            timeout = min(_POLL_S, max(0.01, self._pool.settings.linger_s))
+        elif len(pool.views) or self._users <= 0 or self._forked:
+            timeout = min(_POLL_S, max(0.01, pool.settings.linger_s))
         try:
-            events = [self._pool.events.get(timeout=timeout)]
+            events = [pool.events.get(timeout=timeout)]
         except Empty:
             return []
         time.sleep(_COALESCE_S)
         while True:
             try:
-                events.append(self._pool.events.get_nowait())
+                events.append(pool.events.get_nowait())
             except Empty:
                 return events
 
-    def _give_back(self, pending: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        """Return what could not be given back yet."""
-        if pending:
-            try:
-                self._pool.ledger.give_back(
-                    leases=[value for kind, value in pending if kind == "lease"],
-                    tickets=[value for kind, value in pending if kind == "ticket"],
-                    connections=[value for kind, value in pending if kind == "connection"],
-                )
-            except LedgerError as error:
-                logger.debug("the ledger was not had to give leases back: %s", error)
-                return pending
-        return []
+    def _give_back(self) -> None:
+        """Give back what is pending; what can't be, stays pending."""
+        pending = self._pending
+        if not pending:
+            return
+        try:
+            self._pool.ledger.give_back(
+                leases=[value for kind, value in pending if kind == "lease"],
+                tickets=[value for kind, value in pending if kind == "ticket"],
+                connections=[value for kind, value in pending if kind == "connection"],
+            )
+        except LedgerError as error:
+            logger.debug("the ledger was not had to give leases back: %s", error)
+        else:
+            self._pending = []
 
-    def _idle(self, pending: bool) -> bool:
+    def _sweep(self) -> None:
+        """Look for dead members; those that guard our children's leases are why we look often."""
+        self._pool.sweep()
+        pid = os.getpid()
+        if self._forked:
+            members = self._pool.ledger.members()
+            self._forked = any(m.role == GUARD and m.pid == pid for m in members)
+
+    def _idle(self) -> bool:
         """Say whether nothing of this process has been in the pool for the linger time."""
-        if pending or self._users > 0 or len(self._pool.views):
+        if self._pending or self._users > 0 or len(self._pool.views):
             self._idle_since = None
             return False
         now = time.monotonic()

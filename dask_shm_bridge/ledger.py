@@ -140,16 +140,19 @@ class Ledger:
                     _lease(tables, extent, member)
                     tables.extents[extent][3] += 1
 
-    def leave(self, members: Iterable[int]) -> int:
-        """Take members away with all that is theirs; return how many extents became free."""
-        gone = set(members)
+    def leave(self, members: Iterable[int], *, keep: Iterable[int] = ()) -> int:
+        """Take members away with all that is theirs; return how many extents became free.
+
+        With `keep`, the ids of leases to keep, they stay members with these and nothing else.
+        """
+        gone, kept = set(members), set(keep)
         freed = 0
         with self.record.changing() as tables:
             for connection in [c for c, row in tables.connections.items() if row[0] in gone]:
                 freed += _disconnect(tables, connection)
             for lease in [lease for lease, row in tables.leases.items() if row[1] in gone]:
-                freed += _drop_lease(tables, lease)
-            for member in gone:
+                freed += 0 if lease in kept else _drop_lease(tables, lease)
+            for member in gone if not kept else ():
                 tables.members.pop(member, None)
         return freed
 

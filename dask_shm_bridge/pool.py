@@ -45,6 +45,7 @@ T = TypeVar("T")
 HANDSHAKE_TIMEOUT_S = 0.05
 _SWEEP_EVERY_S = 1.0
 _RETRY_S = 5.0
+_EXIT_BYTES = 1 << 30  # about 0.6 s of copying
 
 
 class Pool:
@@ -73,6 +74,7 @@ class Pool:
         self._jobs = ThreadPoolExecutor(4, thread_name_prefix="shm-bridge")
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
+        self._direct = threading.Lock()  # held while an event loop works in the pool itself
         self._keeper = Keeper(self, _retire)
 
     # --------------------------------------------------------------------------- from anywhere
@@ -134,14 +136,16 @@ class Pool:
         """
         shipment = Shipment(self.events, connection)
         try:
-            self._ship(shipment, connection, frames, region, timeout_s)
+            with self._direct if timeout_s is not None else contextlib.nullcontext():
+                self._check_open()
+                self._ship(shipment, connection, frames, region, timeout_s)
         except ConnectionGoneError:
             cause = "connection-gone"
-        except (LedgerError, OSError) as error:
+        except Exception as error:
             if timeout_s is not None and isinstance(error, LedgerBusyError):
                 raise
-            cause = "ledger"
-            counters.explain("ledger", f"frames go inline: {error}")
+            cause = "ledger" if isinstance(error, LedgerError) else "error"
+            counters.explain(cause, f"frames go inline: {error!r}")
         else:
             return shipment
         shipment.undo()
@@ -206,9 +210,11 @@ class Pool:
         missing = [(n, frame.nbytes) for n, frame in wanted.items() if n not in grants]
         if missing and timeout_s is not None:
             self.events.put(("sweep", None))  # the keeper has the time for it
-        elif missing and (refused or self.sweep()):
-            with contextlib.suppress(LedgerError):  # what was granted before is still to be filled
-                grants |= self.ledger.ship(self.member, connection, [], missing, region)[1]
+        elif missing:
+            # what was granted before is still to be filled, whatever becomes of this
+            with contextlib.suppress(LedgerError, OSError):
+                if refused or self.sweep():
+                    grants |= self.ledger.ship(self.member, connection, [], missing, region)[1]
         return grants
 
     def _fill(self, shipment: Shipment, connection: int, frame: Frame, grant: Grant) -> None:
@@ -240,22 +246,33 @@ class Pool:
             If they can't be had; then none was adopted.
         """
         received = Received(self.events)
-        grants = self.ledger.adopt(self.member, connection, numbers, timeout_s)
+        with self._direct if timeout_s is not None else contextlib.nullcontext():
+            self._check_open()
+            grants = self.ledger.adopt(self.member, connection, numbers, timeout_s)
+            received.waiting = list(enumerate(grants))
+            received.buffers = [memoryview(b"")] * len(grants)
+            try:
+                self._view(received)
+            except BaseException:
+                received.undo()
+                raise
+        return received
+
+    def _view(self, received: Received) -> None:
+        """View what can be viewed of what waits."""
         limit = self.settings.hold_limit * self.layout.size_bytes
-        for place, grant in enumerate(grants):
+        for place, grant in list(received.waiting):
             view, cause = None, "hold-limit"
             if self.views.leased_bytes + grant.nbytes <= limit:
                 view, cause = self.views.claim(grant), "overlap"
             if view is None:
                 counters.fallback(cause)
-                received.waiting.append((place, grant))
-                received.buffers.append(memoryview(b""))
                 if cause == "hold-limit":
                     self.events.put(("trim", None))
             else:
-                received.buffers.append(view)
+                received.waiting.remove((place, grant))
+                received.buffers[place] = view
                 received.viewed.append(grant.nbytes)
-        return received
 
     def copy_out(self, received: Received) -> Received:
         """Copy what could not be viewed, and give its extents back."""
@@ -277,6 +294,7 @@ class Pool:
         StaleTicketError, LedgerError
             If the ticket is gone, or its size is not that of `target`.
         """
+        self._check_open()
         (grant,) = self.ledger.adopt(self.member, connection, [number])
         try:
             if grant.nbytes != target.nbytes:
@@ -315,6 +333,10 @@ class Pool:
             "members": counts["member"],
         }
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise LedgerError("the pool was left")
+
     def _commit(self, grant: Grant) -> None:
         """Back an extent with pages the first time this process writes there."""
         first = grant.offset // GRAIN_BYTES
@@ -344,19 +366,31 @@ class Pool:
             self.events.put(("call", done.set))
             done.wait(timeout_s)
 
-    def close(self) -> None:
-        """Leave the pool. Arrays that are alive stay readable in this process."""
-        if self.closed or self.pid != os.getpid():
-            return
-        self.closed = True
+    def close(self, *, at_exit: bool = False) -> None:
+        """Leave the pool. Arrays that are alive keep their bytes.
+
+        They get pages of their own. At the end of the process, where these would take long or
+        memory is short, it stays a member instead, until it is gone; the next one to join the
+        pool, or the last to leave it, finds it dead.
+        """
+        with self._direct:  # what an event loop does in the pool itself has ended then
+            if self.closed or self.pid != os.getpid():
+                return
+            self.closed = True
         self._keeper.stop()
-        self._jobs.shutdown(wait=True, cancel_futures=True)
+        self._jobs.shutdown(wait=True)
         self._copier.close()
-        self.attachment.leave()
+        living = self.views.oldest()
+        hasty = at_exit and self.views.leased_bytes > _EXIT_BYTES
+        if living and (hasty or not all(self.views.detach(claim) for claim in living)):
+            self.attachment.stay(claim.grant.lease for claim in living)
+        else:
+            self.views.close()
+            self.attachment.leave()
 
 
 _pools: dict[str, Pool] = {}
-_refused: dict[Settings, tuple[float, PoolError]] = {}
+_refused: dict[Settings, tuple[float, type[PoolError], tuple[Any, ...]]] = {}
 _registry = threading.RLock()
 
 
@@ -380,16 +414,28 @@ def attach(settings: Settings | None = None) -> Pool:
         pool = _pools.get(key)
         if pool is not None and not pool.closed:
             return pool
-        until, error = _refused.get(settings, (0.0, None))
-        if error is not None and time.monotonic() < until:
-            raise error
+        until, kind, arguments = _refused.get(settings, (0.0, PoolError, ()))
+        if time.monotonic() < until:
+            raise kind(*arguments)  # a new one: tracebacks would grow, and keep comms alive
         try:
-            pool = _pools[key] = Pool(folder.attach(settings, role()), settings)
+            pool = _pools[key] = _make(settings)
         except PoolError as error:
-            _refused[settings] = (time.monotonic() + _RETRY_S, error)
+            _refused[settings] = (time.monotonic() + _RETRY_S, type(error), error.args)
             raise
         _refused.pop(settings, None)
         return pool
+
+
+def _make(settings: Settings) -> Pool:
+    attachment = folder.attach(settings, role())
+    try:
+        return Pool(attachment, settings)
+    except (OSError, RuntimeError) as error:  # no address space, no more threads
+        attachment.leave()
+        raise PoolError(f"the pool in {settings.path} can't be used here: {error}") from error
+    except BaseException:
+        attachment.leave()
+        raise
 
 
 def attached(path: str | None = None) -> Pool | None:
@@ -408,13 +454,13 @@ def in_use() -> bool:
     return bool(_pools)
 
 
-def detach_all() -> None:
-    """Leave every pool this process has joined. Arrays that are alive stay readable."""
+def detach_all(*, at_exit: bool = False) -> None:
+    """Leave every pool this process has joined. Arrays that are alive keep their bytes."""
     with _registry:
         pools = list(_pools.values())
         _pools.clear()
     for pool in pools:
-        pool.close()
+        pool.close(at_exit=at_exit)
 
 
 def role() -> str:
@@ -457,7 +503,7 @@ def forget() -> None:
 
 
 _inherited: list[Pool] = []
-atexit.register(detach_all)
+atexit.register(detach_all, at_exit=True)
 
 from dask_shm_bridge import fork  # noqa: E402  (it needs what is above)
 

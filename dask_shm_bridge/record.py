@@ -99,6 +99,7 @@ class Record:
 
     def __init__(self, path: str, lock_fd: int, nbytes: int, timeout_s: float) -> None:
         self._env = _open(path, nbytes, writemap=True)
+        self._most_bytes = nbytes // 8
         self._lock_fd = lock_fd
         self._timeout_s = timeout_s
         self._mutex = threading.Lock()
@@ -168,8 +169,15 @@ class Record:
             with self._env.begin(write=True, buffers=True) as txn:
                 version, tables = self._load(txn)
                 self._known = None  # until this is committed
+                before = len(txn.get(_KEY) or b"")
                 yield tables
-                txn.put(_KEY, _VERSION.pack(version + 1) + tables.pack())
+                data = _VERSION.pack(version + 1) + tables.pack()
+                # LMDB keeps the last two values and needs a run of free pages for the new one. A
+                # file that is filled further has none for a smaller value either: what is full
+                # could not become empty again.
+                if len(data) > max(before, self._most_bytes):
+                    raise LedgerFullError("the ledger of the pool has no room left")
+                txn.put(_KEY, data)
                 txn.commit()
                 self._known = version + 1, tables
         except lmdb.MapFullError:

@@ -70,9 +70,12 @@ class Received:
         self.copied: list[int] = []
         self.waiting: list[tuple[int, Grant]] = []
 
-    def undo(self) -> None:
-        """Give back what no view will give back by itself."""
+    def __del__(self) -> None:
         for _, grant in self.waiting:
             self._events.put(("lease", (grant.extent, grant.lease)))
+
+    def undo(self) -> None:
+        """Drop the views, and give back what no view will give back by itself."""
+        self.__del__()
         self.waiting.clear()
         self.buffers.clear()

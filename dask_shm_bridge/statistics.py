@@ -25,7 +25,8 @@ def stats(client: Any = None) -> Any:
         sizes in bytes and counts of rows; None where this process has not joined one).
         ``inline`` counts every byte that went over the socket, small messages too.
         With a client: ``{"client": …, "scheduler": …, "workers": {address: …}}``; for an
-        asynchronous client, an awaitable of it.
+        asynchronous client, an awaitable of it. Workers without this package are left out; a
+        scheduler without it is None.
 
     Notes
     -----
@@ -48,6 +49,9 @@ def local_stats() -> dict[str, Any]:
 
 
 async def _cluster_stats(client: Any) -> dict[str, Any]:
-    workers = await client.run(local_stats)
-    scheduler = await client.run_on_scheduler(local_stats)
+    workers = await client.run(local_stats, on_error="ignore")
+    try:
+        scheduler = await client.run_on_scheduler(local_stats)
+    except ImportError:
+        scheduler = None
     return {"client": local_stats(), "scheduler": scheduler, "workers": workers}

@@ -111,11 +111,15 @@ async def _upgrade_stream(stream: Any, ask: Any) -> bool:
     if info is None:
         return False
     answer = None
-    for attempt in range(_ATTEMPTS):  # the scheduler may not have started the stream yet
-        answer = await ask(info=info)
-        if answer != "not yet":
-            break
-        await asyncio.sleep(0.05 * (attempt + 1))
+    try:
+        for attempt in range(_ATTEMPTS):  # the scheduler may not have started the stream yet
+            answer = await ask(info=info)
+            if answer != "not yet":
+                break
+            await asyncio.sleep(0.05 * (attempt + 1))
+    except BaseException:
+        comm._end_connection()  # so that it can be tried again
+        raise
     if not isinstance(answer, dict) or not comm._agree(info, answer):
         comm._end_connection()
         return False

@@ -16,7 +16,6 @@ import bisect
 import threading
 import time
 import weakref
-from collections.abc import Iterable
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_bridge import mapping
+from dask_shm_bridge.errors import LedgerError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.ledger import Grant, Part
 
@@ -103,16 +103,17 @@ class Views:
         self._claims: dict[int, Claim] = {}
         self._number = 0
         self._leased_bytes = 0
-        self._shared: Any = None
+        # Made now, so that a process without the address space has no pool, and no lazy surprise.
+        self._shared: Any = mapping.Mapping(fd, layout.file_bytes, private=False)
+        self._closed = False
 
     @property
     def shared(self) -> Any:
         """The shared mapping, which only this package's own code reads and writes through."""
-        if self._shared is None:
-            with self._lock:
-                if self._shared is None:
-                    self._shared = mapping.Mapping(self._fd, self._nbytes, private=False)
-        return self._shared
+        shared = self._shared
+        if shared is None:
+            raise LedgerError("the pool was left")
+        return shared
 
     def bytes_of(self, grant: Grant) -> npt.NDArray[np.uint8]:
         """Return an extent's bytes in the shared mapping: stores are seen by everybody."""
@@ -129,11 +130,11 @@ class Views:
         first = (HEADER_BYTES + grant.offset) // GRAIN_BYTES * GRAIN_BYTES
         last = -(-(HEADER_BYTES + grant.offset + grant.nbytes) // GRAIN_BYTES) * GRAIN_BYTES
         with self._lock:
+            if self._closed:
+                raise LedgerError("the pool was left")
             for which in range(MAPPINGS):
-                if which == len(self._mappings):
-                    self._mappings.append(mapping.Mapping(self._fd, self._nbytes, private=True))
-                    self._starts.append([])
-                    self._ranges.append([])
+                if which == len(self._mappings) and not self._add_mapping():
+                    break
                 starts, ranges = self._starts[which], self._ranges[which]
                 place = bisect.bisect_left(starts, first)
                 if place and ranges[place - 1].last > first:
@@ -156,6 +157,16 @@ class Views:
                 self._leased_bytes += grant.nbytes
                 return view.data
         return None
+
+    def _add_mapping(self) -> bool:
+        """Make another private mapping of the pool; False where there is no room for one."""
+        try:
+            self._mappings.append(mapping.Mapping(self._fd, self._nbytes, private=True))
+        except OSError:
+            return False
+        self._starts.append([])
+        self._ranges.append([])
+        return True
 
     def find(self, address: int, nbytes: int) -> Claim | None:
         """Return the leased claim that memory at `address` lies in, whole; None if none does."""
@@ -191,28 +202,24 @@ class Views:
         start = offset - HEADER_BYTES - claim.grant.offset + claim.grant.start
         return Part(claim.grant.extent, claim.grant.lease, start, nbytes)
 
-    def ended(self, numbers: Iterable[int]) -> list[tuple[int, int]]:
-        """Forget claims whose arrays have died; return the leases (extent, lease) to give back.
+    def ended(self, number: int) -> tuple[int, int] | None:
+        """Forget a claim whose arrays have died; return the lease (extent, lease) to give back.
 
         Pages that nobody wrote stay mapped and warm: they show whatever the pool holds next.
         """
-        leases = []
-        for number in numbers:
-            claim = self._claims[number]
-            private = self._mappings[claim.mapping]
-            length = claim.last - claim.first
-            if not claim.leased or private.written(claim.first, length):
-                private.drop(claim.first, length)
-            if claim.leased:
-                leases.append((claim.grant.extent, claim.grant.lease))
-            with self._lock:
-                del self._claims[number]
-                self._leased_bytes -= claim.grant.nbytes if claim.leased else 0
-                ranges = self._ranges[claim.mapping]
-                place = bisect.bisect_left(self._starts[claim.mapping], claim.first)
-                assert ranges[place] is claim
-                del ranges[place], self._starts[claim.mapping][place]
-        return leases
+        claim = self._claims[number]
+        private = self._mappings[claim.mapping]
+        length = claim.last - claim.first
+        if not claim.leased or private.written(claim.first, length):
+            private.drop(claim.first, length)
+        with self._lock:
+            del self._claims[number]
+            self._leased_bytes -= claim.grant.nbytes if claim.leased else 0
+            ranges = self._ranges[claim.mapping]
+            place = bisect.bisect_left(self._starts[claim.mapping], claim.first)
+            assert ranges[place] is claim
+            del ranges[place], self._starts[claim.mapping][place]
+        return (claim.grant.extent, claim.grant.lease) if claim.leased else None
 
     def detach(self, claim: Claim) -> tuple[int, int] | None:
         """Give a living view pages of its own, in place; return the lease to give back.
@@ -240,7 +247,25 @@ class Views:
     def privatise_all(self) -> None:
         """Give all living views pages of their own; for a forked child, which shares no lease."""
         for claim in self._claims.values():
-            self._mappings[claim.mapping].privatise(claim.first, claim.last - claim.first)
+            private = self._mappings[claim.mapping]
+            try:
+                private.privatise(claim.first, claim.last - claim.first)
+            except OSError:  # before Linux 5.14; nobody else writes there in a child of one thread
+                pages = private.array[claim.first : claim.last : mapping.PAGE_BYTES]
+                pages[:] = pages.copy()
+
+    def close(self) -> None:
+        """Let go of the mappings; living arrays keep theirs.
+
+        Dask's globals may refer to closed comms, and these to their pool, for as long as the
+        process lives: the memory of a pool that is long removed must not hang on that.
+        """
+        with self._lock:
+            self._closed = True
+            self._shared = None
+            for of_mappings in (self._mappings, self._starts, self._ranges, self._claims):
+                of_mappings.clear()
+            self._leased_bytes = 0
 
     def __len__(self) -> int:
         """Count the claims: living views, and dead ones whose pages are not dropped yet."""

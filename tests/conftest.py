@@ -23,6 +23,8 @@ from typing import Any
 import dask
 import pytest
 
+import dask_shm_bridge  # noqa: F401  (its defaults must not be registered within a test)
+
 MiB = 1024 * 1024
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 POOL = {
@@ -316,6 +318,7 @@ def cluster(
             "dashboard_address": None,
             "silence_logs": False,
         }
+        server = {"dashboard_address": ":0"}  # not the usual port, which somebody may have
         with monkeypatch.context() as patch, dask.config.set(config):
             for key, value in config.items():
                 patch.setenv(environment_name(key), str(value))
@@ -324,6 +327,7 @@ def cluster(
 
                 started = SubprocessCluster(
                     scheduler_kwargs={
+                        **server,
                         "protocol": protocol,
                         "scheduler_file": str(tmp_path / f"scheduler-{secrets.token_hex(4)}"),
                     },
@@ -334,6 +338,7 @@ def cluster(
                 started = LocalCluster(
                     processes=True,
                     protocol=protocol,
+                    scheduler_kwargs=server,
                     local_directory=str(tmp_path),
                     memory_limit=0,
                     **options,

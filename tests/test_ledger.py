@@ -713,6 +713,28 @@ def test_a_full_ledger_refuses_and_can_be_emptied(folder, monkeypatch):
         assert ledger.snapshot()["free"] == {0: layout.size_bytes}
 
 
+@pytest.mark.parametrize("nbytes", [160 * 1024, 1024 * 1024])
+def test_a_ledger_full_of_tickets_can_be_emptied_one_by_one(folder, monkeypatch, nbytes):
+    monkeypatch.setattr("dask_shm_bridge.ledger.record_bytes", lambda layout: nbytes)
+    with new_ledger(folder) as ledger:
+        ledger.join(1, 1, "client")
+        connection = ledger.connect(1)
+        (grant,) = ledger.allocate(1, [1000], "input")
+        part = Part(grant.extent, grant.lease, 0, 10)
+        number = 0
+        with pytest.raises(LedgerFullError):
+            while number < 1_000_000:
+                wanted = [(number + n, part) for n in range(1 + number % 97)]
+                ledger.ship(1, connection, wanted, [], "input")
+                number += len(wanted)
+        assert number > 1000
+        for ticket in range(100):
+            ledger.give_back(tickets=[(connection, ticket)])
+        assert ledger.usage()["counts"]["ticket"] == number - 100
+        ledger.give_back(connections=[connection])
+        check(ledger.snapshot())
+
+
 @pytest.mark.parametrize("step", ["connect", "allocate"])
 def test_a_ledger_full_of_one_kind_can_be_emptied(folder, monkeypatch, step):
     monkeypatch.setattr("dask_shm_bridge.ledger.record_bytes", lambda layout: 160 * 1024)

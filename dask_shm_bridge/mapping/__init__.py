@@ -10,6 +10,7 @@ import sys
 if sys.platform == "linux":
     from dask_shm_bridge.mapping._linux import (
         GUARD_PREFIX,
+        PAGE_BYTES,
         GuardLock,
         Mapping,
         MemberLock,
@@ -29,6 +30,7 @@ if sys.platform == "linux":
 else:
     from dask_shm_bridge.mapping._none import (
         GUARD_PREFIX,
+        PAGE_BYTES,
         GuardLock,
         Mapping,
         MemberLock,
@@ -48,6 +50,7 @@ else:
 
 __all__ = [
     "GUARD_PREFIX",
+    "PAGE_BYTES",
     "GuardLock",
     "Mapping",
     "MemberLock",

@@ -17,6 +17,7 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 GUARD_PREFIX = "g"
+PAGE_BYTES = 4096
 GuardLock: Any = _refuse
 Mapping: Any = _refuse
 MemberLock: Any = _refuse

@@ -259,9 +259,7 @@ class Delta:
 
     def everywhere(self, direction: str, way: str, what: str = "bytes") -> int:
         """Return a figure summed over client, scheduler and workers."""
-        return sum(
-            self.at(who, direction, way, what) for who in ("client", "scheduler", "workers")
-        )
+        return sum(self.at(who, direction, way, what) for who in ("client", "scheduler", "workers"))
 
     @property
     def inline(self) -> int:

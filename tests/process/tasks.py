@@ -59,7 +59,10 @@ def pair(nbytes: int) -> Pair:
 
 
 def nested(nbytes: int) -> dict[str, Any]:
-    return {"list": [numbers(nbytes, 1)], "tuple": (numbers(nbytes, 2), {"deep": numbers(nbytes, 3)})}
+    return {
+        "list": [numbers(nbytes, 1)],
+        "tuple": (numbers(nbytes, 2), {"deep": numbers(nbytes, 3)}),
+    }
 
 
 class Store:

@@ -40,7 +40,7 @@ def local(
         LocalCluster(
             n_workers=1,
             threads_per_worker=2,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             protocol="shm",
             memory_limit=0,
             local_directory=str(tmp_path_factory.mktemp("local")),
@@ -77,9 +77,7 @@ def test_a_retry_sees_the_original(client: Client, x: np.ndarray, tmp_path: Path
     assert (tmp_path / "mark").exists()
 
 
-def test_the_other_worker_of_a_broadcast(
-    client: Client, x: np.ndarray, workers: list[str]
-) -> None:
+def test_the_other_worker_of_a_broadcast(client: Client, x: np.ndarray, workers: list[str]) -> None:
     future = client.scatter(x, broadcast=True)
     assert client.submit(tasks.overwrite, future, workers=workers[0]).result() == tasks.crc(x)
     assert client.submit(tasks.crc, future, workers=workers[1]).result() == tasks.crc(x)

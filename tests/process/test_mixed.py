@@ -1,4 +1,4 @@
-"""Peers that share no pool, or can't: right results, over plain TCP frames, and the cause counted."""
+"""Peers that share no pool, or can't: right results, over TCP, and the cause is counted."""
 
 from __future__ import annotations
 
@@ -156,9 +156,7 @@ def test_a_stock_worker(preloaded: Deployment, negotiating: None, odd: str) -> N
             routes_of(client, other, stock_one)
 
 
-def test_figures_of_a_cluster_with_a_stock_worker(
-    preloaded: Deployment, negotiating: None
-) -> None:
+def test_figures_of_a_cluster_with_a_stock_worker(preloaded: Deployment, negotiating: None) -> None:
     x = tasks.numbers(SIZE, 2)
     with preloaded.client(workers=2) as client:
         before = dask_shm_bridge.stats(client)
@@ -175,6 +173,7 @@ def test_figures_of_a_cluster_with_a_stock_worker(
     assert sent["client"]["copied"] == 2 * SIZE
     assert sent["scheduler"]["referenced"] == SIZE
     assert SIZE <= sent["scheduler"]["inline"] < 1.1 * SIZE
+    assert after["scheduler"]["fallbacks"]["no-common-pool"] > 0
 
 
 def test_a_stock_client(preloaded: Deployment) -> None:
@@ -215,18 +214,17 @@ def test_two_clusters_with_pools_of_their_own(
     client: Client, pool_config: dict[str, Any], tmp_path: Path
 ) -> None:
     x = tasks.numbers(SIZE, 3)
-    with private_pool(pool_size="256 MiB") as theirs:
-        # a client of both clusters, whose configuration names the first one's pool
-        with (
-            dask.config.set(pool_config),
-            Deployment(tmp_path, theirs) as other,
-            other.client() as second,
-            measured(second) as delta,
-        ):
-            routes_of(second, named(second, "w0"), named(second, "w1"))
-            with measured(client) as ours:
-                assert client.submit(tasks.crc, x).result() == tasks.crc(x)
-            assert ours().at("client", "sent", "copied") == SIZE, ours()
+    with (
+        private_pool(pool_size="256 MiB") as theirs,
+        dask.config.set(pool_config),  # a client of both clusters names the first one's pool
+        Deployment(tmp_path, theirs) as other,
+        other.client() as second,
+        measured(second) as delta,
+    ):
+        routes_of(second, named(second, "w0"), named(second, "w1"))
+        with measured(client) as ours:
+            assert client.submit(tasks.crc, x).result() == tasks.crc(x)
+        assert ours().at("client", "sent", "copied") == SIZE, ours()
     d = delta()
     assert d.fallbacks.keys() == {"no-common-pool"}, d
     assert d.at("workers", "sent", "copied") + d.at("workers", "sent", "referenced") > 0, d
@@ -304,7 +302,7 @@ from dask_shm_bridge import pool
 
 def main():
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, protocol="shm",
+        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", protocol="shm",
         memory_limit=0, local_directory=sys.argv[1], silence_logs=50,
     ) as cluster, Client(cluster) as client:
         x = np.arange(1 << 19)  # 4 MiB
@@ -349,4 +347,3 @@ def test_a_file_system_that_is_full(pool_config: dict[str, Any], tmp_path: Path)
     size, _, fallbacks = done.stdout.strip().splitlines()[-1].partition(" ")
     assert int(size) < 48 * MiB
     assert "no-memory" in fallbacks, (fallbacks, done.stderr)
-

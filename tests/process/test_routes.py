@@ -426,6 +426,18 @@ def test_one_copy_for_four_workers(client: Client, deployment: Deployment, x: np
             process.wait(20)
 
 
+def test_finished_work_pins_nothing(client: Client) -> None:
+    # Dask keeps the last thousand small messages to each worker. The arrays below come to the
+    # scheduler in one large message, and so by the pool, and leave it in many small ones.
+    usage(extent=0, lease=0, ticket=0)
+    total = dask.delayed(0)
+    for number in range(32):  # one after the other: each task is a message
+        total = dask.delayed(tasks.add_first)(total, tasks.numbers(100_000, number))
+    client.compute(total).result()
+    del total
+    assert usage(extent=0, lease=0, ticket=0)["extent"] == 0
+
+
 def test_nothing_is_left(client: Client) -> None:
     futures = client.map(tasks.identity, [tasks.numbers(SIZE, seed) for seed in range(4)])
     held: Any = client.gather(futures)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from distributed import Client, LocalCluster, wait
 
@@ -146,7 +145,6 @@ def preloaded(
 
 CLIENT = """
 import sys
-import numpy as np
 import dask
 {before}
 from distributed import Client

@@ -196,9 +196,7 @@ VALUES: dict[str, Callable[[int], Any]] = {
     "broadcast columns": lambda n: np.broadcast_to(np.arange(n)[:, None], (n, 5)),
     "broadcast scalar": lambda n: np.broadcast_to(np.float64(3), (n, 2)),
     "broadcast strided": lambda n: np.broadcast_to(np.arange(2 * n)[::2], (5, n)),
-    "broadcast writeable": lambda n: np.lib.stride_tricks.as_strided(
-        np.arange(n), (3, n), (0, 8)
-    ),
+    "broadcast writeable": lambda n: np.lib.stride_tricks.as_strided(np.arange(n), (3, n), (0, 8)),
     "overlapping windows": lambda n: np.lib.stride_tricks.sliding_window_view(np.arange(n), 3),
     "unaligned": lambda n: np.arange(n + 1).view("u1")[3:-5].view("f8"),
     "read-only": lambda n: read_only(np.arange(n)),
@@ -365,7 +363,9 @@ def content(x: np.ndarray) -> Any:
 
 
 def pandas_facts(x: Any) -> tuple[Any, ...]:
-    facts: list[Any] = [zlib.crc32(repr(x.to_dict() if hasattr(x, "to_dict") else list(x)).encode())]
+    facts: list[Any] = [
+        zlib.crc32(repr(x.to_dict() if hasattr(x, "to_dict") else list(x)).encode())
+    ]
     if isinstance(x, pd.Index):
         facts += [str(x.dtype), list(x.names), str(getattr(x, "freq", None)), len(x)]
         if isinstance(x, pd.MultiIndex):
