@@ -158,8 +158,7 @@ class ShmTCP(TCP):
         Returns
         -------
         int
-            Bytes sent, those in the pool included, and at least 1e6 if there were any:
-            BatchedSend keeps up to 1000 messages that claim less, which would pin the pool.
+            Bytes sent, those in the pool included, and at least 1e6 if there were any.
         """
         link = self._link
         if link is None:
@@ -171,7 +170,7 @@ class ShmTCP(TCP):
             counters.count("sent", "inline", nbytes)
             if self.remote_info and nbytes >= GRAIN_BYTES and nbytes >= self._threshold():
                 counters.fallback(self._cause)
-            return nbytes
+            return self._claimed(nbytes, self._shared is not None and nbytes >= GRAIN_BYTES)
         if self._write_lock is None:
             self._write_lock = asyncio.Lock()
         async with self._write_lock:  # a message in pieces must stay together
@@ -198,11 +197,18 @@ class ShmTCP(TCP):
         threshold = link.pool.settings.threshold_bytes
         least = min(threshold, GRAIN_BYTES)
         large = [i for i, nbytes in enumerate(sizes) if nbytes >= least]
+        pinned = False
         if sum(sizes[i] for i in large) < threshold:
-            return self._send(frames)
+            # What lies in the pool costs nothing to name, however small: a graph of many tasks
+            # comes in one large message, and its arrays go to the workers in many small ones.
+            there = {i for i, frame in enumerate(frames) if link.pool.views.holds(frame)}
+            large = [i for i in large if i in there]
+            pinned = bool(there)
+        if not large:
+            return self._claimed(self._send(frames), pinned)
         if link.pool.closed:
             counters.fallback("pool-left", len(large))
-            return self._send(frames)
+            return self._claimed(self._send(frames), True)
         return await self._write_large(link, frames, sizes, large)
 
     async def _write_large(
@@ -232,7 +238,7 @@ class ShmTCP(TCP):
             shipped = {entry[0] for entry in manifest}
             rest = [b"" if i in shipped else frame for i, frame in enumerate(frames)]
             if not manifest:
-                return self._send(rest)
+                return self._claimed(self._send(rest), True)
             self._send([msgpack.packb(manifest), *rest], flag=True)
         except BaseException:
             shipment.undo()
@@ -243,7 +249,16 @@ class ShmTCP(TCP):
             counters.count("sent", "referenced", nbytes)
         if pieces:
             await self._write_pieces(link, [frames[i] for i in sorted(pieces)])
-        return max(sum(sizes), _LARGE_BYTES)
+        return self._claimed(sum(sizes), True)
+
+    @staticmethod
+    def _claimed(nbytes: int, pinned: bool) -> int:
+        """Return what `write` says it sent: BatchedSend keeps messages that claim less than 1e6.
+
+        It keeps up to 1000 for each worker; their arrays would pin the pool long after the end
+        of their tasks.
+        """
+        return max(nbytes, _LARGE_BYTES) if pinned else nbytes
 
     def _send(self, frames: list[Any], flag: bool = False) -> int:
         """Enqueue a message on the stream, all of it or, if that is closed, nothing."""

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_bridge import mapping
+from dask_shm_bridge.copying import address_of
 from dask_shm_bridge.errors import LedgerError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.ledger import Grant, Part
@@ -186,6 +187,13 @@ class Views:
                     return claim
             return None
         return None
+
+    def holds(self, frame: Any) -> bool:
+        """Say whether a frame lies in the pool, by a lease of this process."""
+        if not self._claims or not isinstance(frame, memoryview) or not frame.nbytes:
+            return False
+        address = address_of(frame)
+        return address is not None and self.find(address, frame.nbytes) is not None
 
     def part(self, address: int, nbytes: int) -> Part | None:
         """Return what to name in a ticket so that it means the memory at `address`.
