@@ -55,7 +55,7 @@ def serialize_ndarray(
                 "dtype": (0, x.dtype.str),
                 "shape": x.shape,
                 "strides": tuple(strides),
-                "writeable": [x.flags.writeable],
+                "writeable": [True],  # as with the stock serializer, which makes a copy
             }
             return header, [frame]
     header, frames = serialize_numpy_ndarray(x, context=context)

@@ -146,6 +146,7 @@ def preloaded(
 CLIENT = """
 import sys
 import dask
+import numpy as np
 {before}
 from distributed import Client
 if __name__ == "__main__":
