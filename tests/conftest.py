@@ -32,6 +32,7 @@ POOL = {
     "shm-bridge.pool.slot-size": "4 MiB",
     "shm-bridge.pool.linger": "60s",
     "shm-bridge.copy-threads": 2,
+    "shm-bridge.threshold": "256 KiB",  # arrays of tests are small
 }
 PATIENCE_S = 10.0
 

@@ -40,7 +40,7 @@ QUIET = {
 
 def settings(folder: str | bool, **more: Any) -> dict[str, Any]:
     """Return configuration: `folder` as the pool, and `pool_size="64 MiB"` and the like."""
-    result = {"shm-bridge.pool.path": folder, **QUIET}
+    result = {"shm-bridge.pool.path": folder, "shm-bridge.threshold": "256 KiB", **QUIET}
     for name, value in more.items():
         key = name.replace("_", "-")
         for group in ("pool", "distributed"):
