@@ -65,6 +65,7 @@ _PIECE = struct.Struct("<QQ")  # ticket number or 0, size
 _FLAG = 1 << 63
 _TICKET, _PIECES = 0, 1
 _UNSPLIT = 1 << 62
+_WRITE_BYTES = 256 * 1024
 _DIRECT_BYTES = 4 * 1024 * 1024  # copied on the event loop: Dask serializes up to 10 MiB there
 _DIRECT_TIMEOUT_S = 0.0005
 _PIECE_BYTES = 64 * 1024 * 1024
@@ -269,11 +270,12 @@ class ShmTCP(TCP):
         blob, separate = wire.pack(frames)
         length = sum(map(len, blob))
         head = b"".join([_LENGTH.pack(length | _FLAG if flag else length), *blob])
-        total = len(head)
+        total = len(head) + sum(map(len, separate))
+        if total <= _WRITE_BYTES:  # one write wakes the reader once
+            head, separate = b"".join([head, *separate]), []
         try:
             stream.write(head)
             for frame in filter(len, separate):
-                total += len(frame)
                 stream.write(frame)
         except (StreamClosedError, SSLError) as error:
             self._closed = True

@@ -12,7 +12,6 @@ import dask.config
 import yaml
 from dask.utils import parse_bytes, parse_timedelta
 
-from dask_shm_bridge import mapping
 from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.layout import (
     DEFAULT_SIZE_BYTES,
@@ -60,7 +59,7 @@ def _seconds(key: str) -> float:
     value = get(key)
     try:
         return float(parse_timedelta(value, default="s"))
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise PoolError(f"shm-bridge.{key}: {value!r} is no time such as '5s'") from None
 
 
@@ -154,6 +153,8 @@ class Settings:
         PoolError
             If a value can't be used; the message names its key.
         """
+        from dask_shm_bridge import mapping  # which loads NumPy: importing the package must not
+
         path = get("pool.path")
         if path is None or path is True:
             path = mapping.default_pool_path()

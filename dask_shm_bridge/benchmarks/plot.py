@@ -42,7 +42,7 @@ def draw(path: str, measurements: Sequence[Measurement]) -> None:
     figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, case in zip(panels, cases, strict=False):
+    for case, panel in zip(cases, panels, strict=False):  # not the other way: it eats a panel
         chosen = [m for m in drawn if m.case == case]
         for way in dict.fromkeys(m.way for m in chosen):
             points = sorted((m for m in chosen if m.way == way), key=lambda m: m.size_bytes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -271,6 +273,40 @@ def test_a_worker_with_another_dev_shm(client: Client, deployment: Deployment) -
             routes_of(client, odd, named(client, "w0"))
         assert "no-common-pool" in delta().fallbacks, delta()
         assert delta().at(odd, "sent", "copied") == 0, delta()
+
+
+@pytest.mark.parametrize("path", ["theirs", "its own"])
+def test_a_worker_of_another_user(client: Client, deployment: Deployment, path: str) -> None:
+    # it may not enter the others' folder, and would not trust one that it can enter
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv(1) to be another user")
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    probe = [*nobody, sys.executable, "-c", "import distributed"]
+    if subprocess.run(probe, capture_output=True, timeout=60, cwd="/").returncode:
+        pytest.skip("this Python lies where another user can't read it")
+
+    def command(arguments: list[str]) -> list[str]:
+        place = arguments.index("--local-directory") + 1
+        folder = tempfile.mkdtemp(prefix="shm-bridge-nobody-")
+        os.chmod(folder, 0o777)
+        folders.append(folder)
+        arguments = [*arguments[:place], folder, *arguments[place + 1 :]]
+        return [*nobody, sys.executable, "-m", *arguments]
+
+    folders: list[str] = []
+    config = dict(deployment.config)
+    if path == "its own":
+        config["shm-bridge.pool.path"] = f"/dev/shm/shm-bridge-nobody-{secrets.token_hex(4)}"
+    try:
+        with odd_worker(client, deployment, command=command, config=config) as odd:
+            assert client.run(os.geteuid, workers=[odd])[odd] == 65534
+            with measured(client) as delta:
+                routes_of(client, odd, named(client, "w0"))
+            assert delta().at(odd, "sent", "copied") == 0, delta()
+            assert "no-common-pool" in delta().fallbacks, delta()
+    finally:
+        for folder in [*folders, config["shm-bridge.pool.path"] if path == "its own" else ""]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_worker_in_another_pid_namespace(

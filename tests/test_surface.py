@@ -1,0 +1,158 @@
+"""What users touch first: imports, errors, the command, the configuration, plain figures."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import dask
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import dask_shm_bridge
+from dask_shm_bridge import config, errors, layout
+from dask_shm_bridge.cli import shm
+
+PACKAGE = Path(dask_shm_bridge.__file__).parent
+
+
+def test_errors_cross_processes() -> None:
+    examples = [
+        errors.PoolLayoutError("/dev/shm/x", "16 slots", "8 slots"),
+        *(kind("what happened") for kind in vars(errors).values() if _is_plain_error(kind)),
+    ]
+    assert len(examples) > 8
+    for error in examples:
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
+        assert vars(copy) == vars(error)
+
+
+def _is_plain_error(kind: object) -> bool:
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, errors.BridgeError)
+        and kind is not errors.PoolLayoutError
+    )
+
+
+def test_the_layout_error_names_both_and_what_to_do() -> None:
+    text = str(errors.PoolLayoutError("/dev/shm/x", "16 slots", "8 slots"))
+    for part in ("/dev/shm/x", "16 slots", "8 slots", "shm-bridge.pool.path"):
+        assert part in text
+
+
+def test_defaults_fit_the_schema() -> None:
+    schema = yaml.safe_load((PACKAGE / "shm-bridge-schema.yaml").read_text())
+    defaults = yaml.safe_load((PACKAGE / "shm-bridge.yaml").read_text())
+    jsonschema.validate(defaults, schema)
+    described = schema["properties"]["shm-bridge"]["properties"]
+    assert set(described) == set(defaults["shm-bridge"])
+    assert set(described["pool"]["properties"]) == set(defaults["shm-bridge"]["pool"])
+    for key in ("threshold", "hold-limit", "tls"):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"shm-bridge": {key: [1]}}, schema)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threshold", "many"),
+        ("threshold", 0),
+        ("hold-limit", 2),
+        ("hold-limit", "half"),
+        ("copy-threads", "two"),
+        ("copy-threads", 0),
+        ("ledger-timeout", "soon"),
+        ("pool.linger", [1]),
+        ("pool.size", "4 potatoes"),
+        ("pool.size", "1000 KB"),
+        ("pool.slot-size", "1"),
+        ("pool.regions", ["input"]),
+        ("pool.regions", {"middle": 1}),
+        ("pool.regions", {"input": 0}),
+    ],
+)
+def test_a_bad_value_is_named(key: str, value: object) -> None:
+    with dask.config.set({f"shm-bridge.{key}": value}), pytest.raises(errors.PoolError) as caught:
+        config.Settings.from_config()
+    assert "shm-bridge." in str(caught.value)
+
+
+def test_default_pool() -> None:
+    open_ = {"size": None, "slot-size": None, "regions": None}
+    with dask.config.set({f"shm-bridge.pool.{key}": value for key, value in open_.items()}):
+        assert config.Settings.from_config().layout is None
+    default = layout.Layout()
+    assert default.size_bytes == 4 * 2**30
+    assert default.slots == (4, 4, 8)
+    assert default.slot_bytes == 256 * 2**20
+
+
+def test_entry_points() -> None:
+    backends = {e.name: e for e in entry_points(group="distributed.comm.backends")}
+    assert {"shm", "shm+tls"} <= set(backends)
+    assert backends["shm"].load().__name__ == "ShmBackend"
+    (command,) = [e for e in entry_points(group="dask_cli") if e.name == "shm"]
+    assert command.load() is shm
+
+
+def test_the_command_imports_click_alone(python) -> None:
+    # Dask loads it at each call of `dask`, whatever the subcommand.
+    code = """
+        import json, sys
+        import click, dask, yaml
+        before = set(sys.modules)
+        import dask_shm_bridge.cli
+        print(json.dumps(sorted(set(sys.modules) - before)))
+    """
+    new = json.loads(python(code).stdout)
+    heavy = ("lmdb", "numpy", "distributed.", "bokeh", "rich", "tornado", "pandas", "cupy", "cuml")
+    assert not [name for name in new if name.startswith(heavy)]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "--help"]])
+def test_help(arguments: list[str]) -> None:
+    result = CliRunner().invoke(shm, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Usage" in result.output
+
+
+def test_figures_of_a_process_without_a_pool(python) -> None:
+    code = """
+        import json
+        import dask_shm_bridge
+        print(json.dumps(dask_shm_bridge.stats()))
+    """
+    figures = json.loads(python(code).stdout)
+    assert figures["pool"] is None
+    assert figures["fallbacks"] == {}
+    for kind in ("bytes", "frames"):
+        assert set(figures[kind]["sent"]) == {"copied", "referenced", "pieces", "inline"}
+        assert set(figures[kind]["received"]) == {"viewed", "copied", "inline"}
+        assert not any(figures[kind]["sent"].values())
+
+
+def test_figures_of_a_process_with_a_pool(small_pool) -> None:
+    figures = dask_shm_bridge.stats()["pool"]
+    assert figures["id"] == small_pool.id
+    assert figures["members"] == 1
+    assert figures["size_bytes"] == small_pool.layout.size_bytes
+    assert figures["used_bytes"] == 0
+    regions = figures["regions"]
+    assert sum(region["size_bytes"] for region in regions.values()) == figures["size_bytes"]
+
+
+def test_the_scheduler_side_imports_no_gpu_package(python) -> None:
+    code = """
+        import sys
+        import scheduler_plugin, dask_shm_bridge.preload
+        gpu = {"cupy", "cuml", "cudf", "rmm", "dask_cuda", "numba"}
+        print(sorted(gpu & set(sys.modules)))
+    """
+    assert python(code).stdout.strip() == "[]"
