@@ -866,12 +866,12 @@ def test_defaults_outlive_the_block_they_were_registered_in(python):
             if name.startswith("DASK_SHM_BRIDGE"):
                 del os.environ[name]
         import dask
-        with dask.config.set({"shm-bridge.threshold": "1 MiB", "shm-bridge.pool.path": False}):
+        with dask.config.set({"shm-bridge.threshold": "7 MiB", "shm-bridge.pool.path": False}):
             from dask_shm_bridge.config import Settings
             inside = Settings.from_config()
         after = Settings.from_config()
-        print(inside.threshold_bytes == 1 << 20, inside.path, inside.hold_limit)
-        print(after.path is not None, after.hold_limit, after.threshold_bytes < 1 << 20)
+        print(inside.threshold_bytes == 7 << 20, inside.path, inside.hold_limit)
+        print(after.path is not None, after.hold_limit, after.threshold_bytes != 7 << 20)
         """
     )
     assert done.stdout.splitlines() == ["True None 0.5", "True 0.5 True"]
