@@ -231,7 +231,9 @@ class ShmTCP(TCP):
             manifest = [[i, _TICKET, number] for i, number in shipment.tickets.items()]
             pieces = []
             for index, cause in shipment.refused.items():
-                if cause == "full" and sizes[index] >= 2 * _SMALLEST_PIECE_BYTES:
+                # In a pool without any room a piece would only wait: inline, at once.
+                room = min(shipment.room_bytes, sizes[index] // 2)
+                if cause == "full" and room >= _SMALLEST_PIECE_BYTES:
                     pieces.append(index)
                     manifest.append([index, _PIECES, sizes[index]])
                 else:

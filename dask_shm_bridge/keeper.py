@@ -32,7 +32,9 @@ logger = logging.getLogger("dask_shm_bridge")
 
 _POLL_S = 0.25
 _COALESCE_S = 0.001  # what ends together is given back in one transaction
-_DETACH_AGE_S = 0.5
+_CROWDED_POLL_S = 0.05
+_DETACH_AGE_S = 0.1
+_FREE_SHARE = 0.25  # of what a region may use; with less than this free it is crowded
 
 
 class Keeper:
@@ -106,7 +108,8 @@ class Keeper:
         if self._pending or self._ended:
             timeout = 0.05
         elif len(pool.views) or self._users <= 0 or self._forked:
-            timeout = min(_POLL_S, max(0.01, pool.settings.linger_s))
+            look = max(0.01, self._next_look - time.monotonic())
+            timeout = min(_POLL_S, max(0.01, pool.settings.linger_s), look)
         try:
             events = [pool.events.get(timeout=timeout)]
         except Empty:
@@ -169,21 +172,25 @@ class Keeper:
             self._detach(claim)
 
     def _relieve(self) -> None:
-        """Detach this process's older views where somebody has wanted their space in vain."""
-        now = time.monotonic()
-        if not len(self._pool.views) or now < self._next_look:
+        """Detach this process's older views where the pool is crowded, or somebody found it full.
+
+        Each process holds no more than its limit, but all of them together could hold everything.
+        """
+        pool, now = self._pool, time.monotonic()
+        if not len(pool.views) or now < self._next_look:
             return
         self._next_look = now + _POLL_S
-        with contextlib.suppress(LedgerError):
-            want = self._pool.ledger.pressure()
-            seen, self._pressure = self._pressure, want.number
-            if seen is None or seen == want.number:
-                return
-            windows = self._pool.layout.windows(want.region, want.nbytes)
-            freed = 0
-            for claim in self._pool.views.oldest():
-                inside = any(first <= claim.grant.offset < last for first, last in windows)
-                if inside and now - claim.born >= _DETACH_AGE_S:
-                    freed += self._detach(claim)
-                if freed >= 2 * want.nbytes:
+        want, free = pool.ledger.pressure(), pool.ledger.free_bytes()
+        seen, self._pressure = self._pressure, want.number
+        for region, free_bytes in free.items():
+            windows = pool.layout.windows(region, 1)
+            missing = int(_FREE_SHARE * sum(last - first for first, last in windows)) - free_bytes
+            if missing > 0:
+                self._next_look = now + _CROWDED_POLL_S
+            elif region == want.region and seen is not None and seen != want.number:
+                missing = 2 * want.nbytes  # it was free, but in no piece long enough
+            for claim in pool.views.oldest():
+                if missing <= 0 or now - claim.born < _DETACH_AGE_S:
                     break
+                if any(first <= claim.grant.offset < last for first, last in windows):
+                    missing -= self._detach(claim)

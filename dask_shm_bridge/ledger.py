@@ -314,6 +314,18 @@ class Ledger:
         with self.record.reading() as tables:
             return Pressure(*tables.pressure)
 
+    def free_bytes(self) -> dict[str, int]:
+        """Return how much is free for each region, scratch included."""
+        with self.record.reading() as tables:
+            return {
+                region: sum(
+                    max(0, min(start + length, last) - max(start, first))
+                    for first, last in self._layout.windows(region, 1)
+                    for start, length in tables.free
+                )
+                for region in REGION_NAMES
+            }
+
     def largest_free(self, region: str, nbytes: int) -> int:
         """Return the longest free run that `region` may use for `nbytes`, in bytes."""
         with self.record.reading() as tables:

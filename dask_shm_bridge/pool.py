@@ -185,6 +185,8 @@ class Pool:
         for number, frame in wanted.items():
             if number not in grants:
                 shipment.refused[frame.place] = "full"
+        if shipment.refused and timeout_s is None:
+            shipment.room_bytes = self.largest_free(region, GRAIN_BYTES)
 
     def _tickets(
         self,

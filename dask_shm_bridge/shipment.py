@@ -31,6 +31,8 @@ class Shipment:
         Place in the message to ticket number.
     refused : dict of int to str
         Place in the message to the cause why the frame has no ticket.
+    room_bytes : int
+        If something was refused for want of space: the longest run that was free, for pieces.
     copied, referenced : list of int
         Bytes of the frames that were copied into the pool, and that were there already.
     """
@@ -40,6 +42,7 @@ class Shipment:
         self._connection = connection
         self.tickets: dict[int, int] = {}
         self.refused: dict[int, str] = {}
+        self.room_bytes = 0
         self.copied: list[int] = []
         self.referenced: list[int] = []
 

@@ -28,7 +28,7 @@ from dask_shm_bridge.errors import LedgerError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.ledger import Grant, Part
 
-MAPPINGS = 4
+MAPPINGS = 8
 
 
 class _View(np.ndarray):

@@ -561,7 +561,7 @@ def test_two_leases_of_one_extent_share_no_pages(store):
     assert np.array_equal(two, kept)
 
 
-def test_a_fifth_overlapping_lease_gets_no_view(store):
+def test_one_overlapping_lease_too_many_gets_no_view(store):
     data = payload()
     grant = store.allocate(data)
     leases = [grant, *(store.lease(grant) for _ in range(MAPPINGS))]
