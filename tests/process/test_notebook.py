@@ -39,9 +39,10 @@ def test_a_day_does_not_drift_to_inline(client: Client) -> None:
         inline = delta.everywhere("sent", "inline")
         copied = delta.everywhere("sent", "copied") + delta.everywhere("sent", "referenced")
         shares.append(inline / (inline + copied))
-    # the first hour fills the pool; later ones are not worse than it for all that
-    assert shares[-1] <= max(0.05, 1.5 * shares[1]), shares
-    assert shares[-1] < 0.25, shares
+    # Each hour pins twice what the pool can hold. Without relief, all hours but the first go
+    # inline whole.
+    print(shares)
+    assert max(shares) < 0.4, shares
     for seed, array in kept[:: ROUNDS // 2]:
         np.testing.assert_array_equal(array, tasks.numbers(SIZE, seed) + 1)
     for name in client.list_datasets():
