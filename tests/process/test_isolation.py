@@ -14,6 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, wait
 
 from dask_shm_bridge import pool
+from dask_shm_bridge.views import MAPPINGS
 
 from . import tasks
 from .deployment import Deployment, MiB, measured
@@ -119,13 +120,13 @@ def test_many_views_of_one_extent_in_one_process(client: Client, x: np.ndarray) 
     future = client.scatter(x)
     wait(future)
     with measured(client) as delta:
-        arrays = [future.result() for _ in range(7)]
+        arrays = [future.result() for _ in range(MAPPINGS + 3)]
         for value, array in enumerate(arrays):
             assert array.flags.writeable
             array[:] = value
         for value, array in enumerate(arrays):
             assert (array == value).all()
-    assert delta().at("client", "received", "viewed") == 4 * SIZE
+    assert delta().at("client", "received", "viewed") == MAPPINGS * SIZE
     assert delta().at("client", "received", "copied") == 3 * SIZE
     assert delta().fallbacks == {"overlap": 3}
     assert (future.result() == x).all()
