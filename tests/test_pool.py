@@ -21,6 +21,7 @@ from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import LedgerBusyError, LedgerError, PoolError, StaleTicketError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.pool import Frame
+from dask_shm_bridge.views import MAPPINGS
 
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
 
@@ -343,17 +344,17 @@ def test_pieces(small_pool, connection):
 
 
 def test_several_readers_of_one_extent(small_pool, connection):
-    """Four views, and from the fifth on a copy; all with the right bytes, all on their own."""
+    """As many views as mappings, then copies; all with the right bytes, all on their own."""
     array = payload()
     (first,) = take(small_pool, connection, send(small_pool, connection, array)).buffers
     before = causes()
     buffers = [first]
-    for number in range(2, 8):
+    for number in range(2, MAPPINGS + 4):
         shipment = small_pool.ship(connection, [Frame(0, number, first, MiB)], "input")
         assert shipment.referenced == [MiB]
         buffers += take(small_pool, connection, shipment).buffers
     assert more(before) == {"overlap": 3}
-    assert figures(small_pool) == {"extents": 1, "leases": 4, "tickets": 0}
+    assert figures(small_pool) == {"extents": 1, "leases": MAPPINGS, "tickets": 0}
     for number, buffer in enumerate(buffers):
         assert bytes(buffer) == array.tobytes()
         buffer[:] = bytes([number]) * MiB
@@ -598,6 +599,8 @@ def test_a_dead_readers_space_is_had_when_it_is_needed(small_pool, connection, c
     other = child(
         WRITER
         + """
+from dask_shm_bridge import keeper
+keeper._DETACH_AGE_S = 1e9  # its views are not given up while it lives
 mine = joined.connect()
 held = []
 for n in range(12):
