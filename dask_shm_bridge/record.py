@@ -100,6 +100,7 @@ class Record:
     def __init__(self, path: str, lock_fd: int, nbytes: int, timeout_s: float) -> None:
         self._env = _open(path, nbytes, writemap=True)
         self._most_bytes = nbytes // 8
+        self._value_bytes = 0  # of the value that the open transaction found
         self._lock_fd = lock_fd
         self._timeout_s = timeout_s
         self._mutex = threading.Lock()
@@ -169,13 +170,12 @@ class Record:
             with self._env.begin(write=True, buffers=True) as txn:
                 version, tables = self._load(txn)
                 self._known = None  # until this is committed
-                before = len(txn.get(_KEY) or b"")
                 yield tables
                 data = _VERSION.pack(version + 1) + tables.pack()
                 # LMDB keeps the last two values and needs a run of free pages for the new one. A
                 # file that is filled further has none for a smaller value either: what is full
                 # could not become empty again.
-                if len(data) > max(before, self._most_bytes):
+                if len(data) > max(self._value_bytes, self._most_bytes):
                     raise LedgerFullError("the ledger of the pool has no room left")
                 txn.put(_KEY, data)
                 txn.commit()
@@ -192,6 +192,7 @@ class Record:
         try:
             assert value is not None
             (version,) = _VERSION.unpack_from(value)
+            self._value_bytes = len(value)
             if self._known is None or self._known[0] != version:
                 self._known = version, Tables.unpack(value[_VERSION.size :])
         except Exception as error:

@@ -61,6 +61,19 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
     return result
 
 
+def run(code: str, *args: str, config: dict[str, Any]) -> str:
+    """Run a script in a process of its own, with this configuration; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=environment(config),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @contextlib.contextmanager
 def private_pool(**more: Any) -> Iterator[dict[str, Any]]:
     """Give this process and its children a new pool; yield the configuration of both."""
@@ -231,8 +244,8 @@ class Deployment:
                     process.send_signal(signal.SIGABRT)  # its stacks go to its log
                     process.wait(10)
         said = self.said() if stuck else ""
-        # One that waits there, and is not in our code, is Dask's: a worker whose signal comes
-        # while a message is handled never ends, over tcp as well (3 of 15 tries).
+        # One that waits there, and is not in our code, is taken for Dask's: over plain tcp too,
+        # 3 of 15 workers signalled together with their scheduler never ended so.
         if said.count(" in _cancel_all_tasks") < len(stuck) or "dask_shm_bridge/" in said:
             raise RuntimeError(f"processes {stuck} did not end:\n{said}")
 

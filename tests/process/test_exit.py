@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .deployment import Deployment, environment
+from .deployment import Deployment, environment, run
 
 # A handler that was registered before ours runs after it, and saves what a task returned.
 SAVES = """
@@ -30,18 +30,6 @@ other = client.get_executor()  # traffic goes on while this process ends
 for future in futures:
     future.add_done_callback(lambda f: None)
 """
-
-
-def run(code: str, *args: str, config: dict[str, Any]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env=environment(config),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_an_array_that_is_saved_at_exit(
