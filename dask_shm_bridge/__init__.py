@@ -14,12 +14,17 @@ __version__ = "0.1.0"
 _config.register_defaults()
 
 if TYPE_CHECKING:
+    from dask_shm_bridge.cuda.transfer import to_device
     from dask_shm_bridge.plugins import enable
     from dask_shm_bridge.statistics import stats
 
-_LAZY = {"stats": "dask_shm_bridge.statistics", "enable": "dask_shm_bridge.plugins"}
+_LAZY = {
+    "enable": "dask_shm_bridge.plugins",
+    "stats": "dask_shm_bridge.statistics",
+    "to_device": "dask_shm_bridge.cuda.transfer",
+}
 
-__all__ = ["__version__", "enable", "stats"]
+__all__ = ["__version__", "enable", "stats", "to_device"]
 
 
 def __getattr__(name: str) -> Any:

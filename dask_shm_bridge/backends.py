@@ -14,6 +14,7 @@ from distributed.comm.tcp import (
     TLSListener,
 )
 
+from dask_shm_bridge.attend import attend
 from dask_shm_bridge.comm import ShmTCP, ShmTLS, join_pool
 
 
@@ -66,14 +67,27 @@ class ShmTLSListener(ShmListenerMixin, TLSListener):
     comm_class = ShmTLS
 
 
-class ShmBackend(BaseTCPBackend):
+class _Backend(BaseTCPBackend):
+    """A backend whose servers get their plugins when they listen."""
+
+    def get_listener(
+        self, loc: str, handle_comm: Any, deserialize: bool, **connection_args: Any
+    ) -> Any:
+        """Make a listener."""
+        attend(handle_comm)
+        return super().get_listener(  # type: ignore[no-untyped-call]
+            loc, handle_comm, deserialize, **connection_args
+        )
+
+
+class ShmBackend(_Backend):
     """``shm://``: TCP for the control, the pool for the bytes."""
 
     _connector_class: type[BaseTCPConnector] = ShmConnector
     _listener_class: type[BaseTCPListener] = ShmListener
 
 
-class ShmTLSBackend(BaseTCPBackend):
+class ShmTLSBackend(_Backend):
     """``shm+tls://``: the same over TLS; needs ``shm-bridge.tls`` to use the pool."""
 
     _connector_class: type[BaseTCPConnector] = ShmTLSConnector
@@ -104,14 +118,14 @@ class NegotiatingTLSListener(ShmTLSListener):
     prefix = "tls://"
 
 
-class NegotiatingBackend(BaseTCPBackend):
+class NegotiatingBackend(_Backend):
     """In the place of ``tcp``: shares a pool with peers that have one."""
 
     _connector_class: type[BaseTCPConnector] = NegotiatingConnector
     _listener_class: type[BaseTCPListener] = NegotiatingListener
 
 
-class NegotiatingTLSBackend(BaseTCPBackend):
+class NegotiatingTLSBackend(_Backend):
     """In the place of ``tls``."""
 
     _connector_class: type[BaseTCPConnector] = NegotiatingTLSConnector

@@ -42,6 +42,7 @@ from tornado.iostream import IOStream, StreamClosedError
 
 from dask_shm_bridge import config, counters, family, memory, pool, wire
 from dask_shm_bridge.copying import as_bytes
+from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import (
     BridgeError,
     LedgerBusyError,
@@ -180,18 +181,19 @@ class ShmTCP(TCP):
     async def _write(self, link: _Link, msg: Any, serializers: Any, on_error: str) -> int:
         if self.stream is None:
             raise CommClosedError()
-        frames = await to_frames(
-            msg,
-            allow_offload=self.allow_offload,
-            serializers=serializers,
-            on_error=on_error,
-            context={
-                "sender": self.local_info,
-                "recipient": self.remote_info,
-                **self.handshake_options,
-            },
-            frame_split_size=_UNSPLIT,
-        )
+        with arrays.pickling():
+            frames = await to_frames(
+                msg,
+                allow_offload=self.allow_offload,
+                serializers=serializers,
+                on_error=on_error,
+                context={
+                    "sender": self.local_info,
+                    "recipient": self.remote_info,
+                    **self.handshake_options,
+                },
+                frame_split_size=_UNSPLIT,
+            )
         sizes = [wire.nbytes_of(frame) for frame in frames]
         # It is the message that is large enough or not: one of many middling frames, such as the
         # shards of a rechunk, costs as much over the socket as one of a single large frame.
@@ -530,3 +532,4 @@ async def join_pool(comm: ShmTCP) -> None:
 
 family.register()
 memory.install()
+arrays.install()

@@ -45,7 +45,14 @@ def get(key: str) -> Any:
     )
 
 
-def _bytes(key: str) -> int | None:
+def nbytes(key: str) -> int | None:
+    """Return a size in bytes; None where it is left open.
+
+    Raises
+    ------
+    PoolError
+        If it is no size.
+    """
     value = get(key)
     if value is None:
         return None
@@ -80,7 +87,7 @@ def layout_asked() -> Layout | None:
     PoolError
         If size, slot size and regions contradict one another.
     """
-    size, slot, regions = _bytes("pool.size"), _bytes("pool.slot-size"), get("pool.regions")
+    size, slot, regions = nbytes("pool.size"), nbytes("pool.slot-size"), get("pool.regions")
     if size is None and slot is None and regions is None:
         return None
     if regions is not None:
@@ -165,7 +172,7 @@ class Settings:
         hold = get("hold-limit")
         if not isinstance(hold, (int, float)) or not 0 <= hold <= 1:
             raise PoolError(f"shm-bridge.hold-limit: {hold!r} is not a share between 0 and 1")
-        threshold = _bytes("threshold")
+        threshold = nbytes("threshold")
         if threshold is None or threshold < 1:
             raise PoolError(f"shm-bridge.threshold: {threshold!r} is not a size of at least 1")
         return cls(

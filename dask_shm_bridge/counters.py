@@ -12,10 +12,12 @@ logger = logging.getLogger("dask_shm_bridge")
 
 SENT = ("copied", "referenced", "pieces", "inline")
 RECEIVED = ("viewed", "copied", "inline")
+DEVICE = ("pinned", "staged", "pageable")
 
 _lock = threading.Lock()
 _bytes: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
 _frames: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
+_device: dict[str, Counter[str]] = {"to_device": Counter(), "from_device": Counter()}
 _fallbacks: Counter[str] = Counter()
 _said: set[str] = set()
 
@@ -25,6 +27,12 @@ def count(direction: str, way: str, nbytes: int, frames: int = 1) -> None:
     with _lock:
         _bytes[direction][way] += nbytes
         _frames[direction][way] += frames
+
+
+def count_device(direction: str, way: str, nbytes: int) -> None:
+    """Add bytes to a way between host and device (``to_device``, ``from_device``; `DEVICE`)."""
+    with _lock:
+        _device[direction][way] += nbytes
 
 
 def fallback(cause: str, frames: int = 1) -> None:
@@ -56,6 +64,12 @@ def snapshot() -> dict[str, Any]:
             },
             "fallbacks": dict(_fallbacks),
         }
+
+
+def device_snapshot() -> dict[str, dict[str, int]]:
+    """Return what was copied between host and device, in bytes."""
+    with _lock:
+        return {to: {way: ways[way] for way in DEVICE} for to, ways in _device.items()}
 
 
 def _new_lock() -> None:

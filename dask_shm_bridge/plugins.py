@@ -16,16 +16,36 @@ NAME = "shm-bridge"
 
 
 class ShmWorkerPlugin(WorkerPlugin):
-    """Makes a worker use the pool with every peer that shares it."""
+    """Makes a worker use the pool with every peer that shares it, and its GPU if it has one."""
 
     name = NAME
     idempotent = True
+    worker: Any = None
 
     async def setup(self, worker: Any) -> None:
-        """Upgrade the worker and its stream to the scheduler."""
+        """Upgrade the worker and its stream to the scheduler; pin the pool and report the GPU."""
         from dask_shm_bridge import upgrade
+        from dask_shm_bridge.cuda import worker as gpu
 
-        await upgrade.upgrade_worker(worker)
+        if not worker.address.startswith("shm"):
+            await upgrade.upgrade_worker(worker)
+        if await gpu.setup(worker) is not None:
+            self.worker = worker
+
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
+        """Watch what a task on the GPU worker is called with."""
+        if finish == "executing" and self.worker is not None:
+            from dask_shm_bridge.cuda import tasks
+
+            tasks.prepare(self.worker, key)
+
+    def teardown(self, worker: Any) -> None:
+        """Unregister what was registered with CUDA."""
+        if self.worker is not None:
+            from dask_shm_bridge.cuda import worker as gpu
+
+            self.worker = None
+            gpu.teardown()
 
 
 class ShmNannyPlugin(NannyPlugin):

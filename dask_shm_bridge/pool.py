@@ -70,10 +70,11 @@ class Pool:
         self.closed = False
         self.events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self.views = Views(attachment.pool_fd, self.layout, self.events)
-        self._copier = Copier(settings.copy_threads)
+        self.copier = Copier(settings.copy_threads)
         self._jobs = ThreadPoolExecutor(4, thread_name_prefix="shm-bridge")
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
+        self.pins: Any = None  # of a process with a GPU: what of the pool is registered with CUDA
         self._direct = threading.Lock()  # held while an event loop works in the pool itself
         self._keeper = Keeper(self, _retire)
 
@@ -222,6 +223,7 @@ class Pool:
     def _fill(self, shipment: Shipment, connection: int, frame: Frame, grant: Grant) -> None:
         try:
             self._commit(grant)
+            self._touch(grant)
         except OSError as error:
             self.events.put(("ticket", (connection, frame.number)))
             shipment.refused[frame.place] = "no-memory"
@@ -231,9 +233,48 @@ class Pool:
                 "shm-bridge.pool.size or .path",
             )
             return
-        self._copier.copy(self.views.bytes_of(grant), frame.buffer)
+        self.copier.copy(self.views.bytes_of(grant), frame.buffer)
         shipment.tickets[frame.place] = frame.number
         shipment.copied.append(frame.nbytes)
+
+    def place(self, nbytes: int, fill: Callable[[Grant], None]) -> memoryview | None:
+        """Let `fill` write into an extent of its own, and return a view of that.
+
+        None where the pool has no room. The view is this process's; as the frame of a message
+        it travels by reference. Runs `fill` on a thread of the pool, which is not left meanwhile.
+        """
+        try:
+            return self._jobs.submit(self._place, nbytes, fill).result()
+        except RuntimeError:  # the pool was left, or the interpreter shuts down
+            if not self.closed:
+                raise
+            return None
+
+    def _place(self, nbytes: int, fill: Callable[[Grant], None]) -> memoryview | None:
+        try:
+            self._check_open()
+            (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+        except LedgerError as error:
+            counters.explain("ledger", f"an array can't be placed in the pool: {error!r}")
+            return None
+        if grant is None:
+            self.events.put(("sweep", None))
+            counters.fallback("full")
+            return None
+        view = None
+        try:
+            self._commit(grant)
+            self._touch(grant)
+            fill(grant)
+            view = self.views.claim(grant)
+        except OSError:
+            counters.fallback("no-memory")
+        finally:
+            if view is None:
+                self.events.put(("lease", (grant.extent, grant.lease)))
+        if self.views.leased_bytes > self.settings.hold_limit * self.layout.size_bytes:
+            self.events.put(("trim", None))
+        return view
 
     def receive(
         self, connection: int, numbers: Sequence[int], timeout_s: float | None = None
@@ -251,6 +292,8 @@ class Pool:
         with self._direct if timeout_s is not None else contextlib.nullcontext():
             self._check_open()
             grants = self.ledger.adopt(self.member, connection, numbers, timeout_s)
+            for grant in grants:
+                self._touch(grant)
             received.waiting = list(enumerate(grants))
             received.buffers = [memoryview(b"")] * len(grants)
             try:
@@ -281,7 +324,7 @@ class Pool:
         while received.waiting:
             place, grant = received.waiting[-1]
             target = np.empty(grant.nbytes, np.uint8)
-            self._copier.copy(target, self.views.bytes_of(grant))
+            self.copier.copy(target, self.views.bytes_of(grant))
             received.buffers[place] = target.data
             received.copied.append(grant.nbytes)
             received.waiting.pop()
@@ -303,7 +346,7 @@ class Pool:
                 raise LedgerError(
                     f"a piece of {grant.nbytes} bytes came where {target.nbytes} were announced"
                 )
-            self._copier.copy(target, self.views.bytes_of(grant))
+            self.copier.copy(target, self.views.bytes_of(grant))
         finally:
             self.events.put(("lease", (grant.extent, grant.lease)))
 
@@ -339,16 +382,27 @@ class Pool:
         if self.closed:
             raise LedgerError("the pool was left")
 
+    def _touch(self, grant: Grant) -> None:
+        """Have the slots of an extent registered with CUDA, where this process does that."""
+        if self.pins is not None:
+            self.pins.want(grant.offset, grant.nbytes)
+
+    def commit(self, offset: int, nbytes: int) -> None:
+        """Back a range of the pool with pages: an error here, never SIGBUS later.
+
+        Raises
+        ------
+        OSError
+            ENOSPC where the file system is full.
+        """
+        mapping.commit(self.attachment.pool_fd, HEADER_BYTES + offset, nbytes)
+
     def _commit(self, grant: Grant) -> None:
         """Back an extent with pages the first time this process writes there."""
         first = grant.offset // GRAIN_BYTES
         last = -(-(grant.offset + grant.nbytes) // GRAIN_BYTES)
         if 0 in self._committed[first:last]:
-            mapping.commit(
-                self.attachment.pool_fd,
-                HEADER_BYTES + first * GRAIN_BYTES,
-                (last - first) * GRAIN_BYTES,
-            )
+            self.commit(first * GRAIN_BYTES, (last - first) * GRAIN_BYTES)
             self._committed[first:last] = b"\1" * (last - first)
 
     def sweep(self) -> int:
@@ -381,7 +435,9 @@ class Pool:
             self.closed = True
         self._keeper.stop()
         self._jobs.shutdown(wait=True)
-        self._copier.close()
+        self.copier.close()
+        if self.pins is not None:
+            self.pins.close()
         living = self.views.oldest()
         hasty = at_exit and self.views.leased_bytes > _EXIT_BYTES
         if living and (hasty or not all(self.views.detach(claim) for claim in living)):
@@ -392,6 +448,7 @@ class Pool:
 
 
 _pools: dict[str, Pool] = {}
+on_attach: list[Callable[[Pool], None]] = []  # called with each pool that is joined
 _refused: dict[Settings, tuple[float, type[PoolError], tuple[Any, ...]]] = {}
 _registry = threading.RLock()
 
@@ -431,13 +488,16 @@ def attach(settings: Settings | None = None) -> Pool:
 def _make(settings: Settings) -> Pool:
     attachment = folder.attach(settings, role())
     try:
-        return Pool(attachment, settings)
+        pool = Pool(attachment, settings)
     except (OSError, RuntimeError) as error:  # no address space, no more threads
         attachment.leave()
         raise PoolError(f"the pool in {settings.path} can't be used here: {error}") from error
     except BaseException:
         attachment.leave()
         raise
+    for prepare in on_attach:
+        prepare(pool)
+    return pool
 
 
 def attached(path: str | None = None) -> Pool | None:

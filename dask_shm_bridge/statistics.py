@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from dask_shm_bridge import counters, pool
@@ -22,7 +23,11 @@ def stats(client: Any = None) -> Any:
         Of one process: ``bytes`` and ``frames``, each with ``sent`` (``copied`` into the pool,
         ``referenced`` there without a copy, ``pieces``, ``inline``) and ``received`` (``viewed``,
         ``copied`` out, ``inline``); ``fallbacks`` (cause to frames); ``pool`` (its path, id,
-        sizes in bytes and counts of rows; None where this process has not joined one).
+        sizes in bytes and counts of rows; None where this process has not joined one);
+        ``device`` (of a process with a GPU, else None: what it is, ``pinned_bytes`` of the pool,
+        and bytes copied ``to_device`` and ``from_device``, each ``pinned``: by DMA where they lie
+        in the pool, ``staged``: by way of a pinned buffer, ``pageable``: handed to tasks as NumPy
+        arrays, or copied so for want of pinned memory).
         ``inline`` counts every byte that went over the socket, small messages too.
         With a client: ``{"client": …, "scheduler": …, "workers": {address: …}}``; for an
         asynchronous client, an awaitable of it. Workers without this package are left out; a
@@ -40,6 +45,8 @@ def stats(client: Any = None) -> Any:
 def local_stats() -> dict[str, Any]:
     """Return the figures of this process."""
     figures = counters.snapshot()
+    gpu = sys.modules.get("dask_shm_bridge.cuda.worker")
+    figures["device"] = None if gpu is None else gpu.figures()
     joined = pool.attached()
     try:
         figures["pool"] = None if joined is None else joined.usage()

@@ -54,7 +54,8 @@ def install() -> None:
 
 def upgrade_server(server: Any) -> None:
     """Make a running worker, nanny or scheduler negotiate on all new connections."""
-    install()
+    if any(type(listener) in _LISTENERS for listener in server.listeners):
+        install()
     for listener in server.listeners:
         listener.__class__ = _LISTENERS.get(type(listener), type(listener))
     close_idle(server.rpc)

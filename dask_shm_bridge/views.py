@@ -13,9 +13,11 @@ So it does one thing: it puts a key on a queue that the pool's keeper thread rea
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -63,11 +65,23 @@ class Claim:
         Which of the private mappings.
     leased : bool
         False once the range was detached: its pages are private and the lease is given back.
+    held : int
+        How many are reading the extent itself just now, past the view: it can't be detached.
     born : float
         When it was made, on the monotonic clock.
     """
 
-    __slots__ = ("_reference", "born", "first", "grant", "last", "leased", "mapping", "number")
+    __slots__ = (
+        "_reference",
+        "born",
+        "first",
+        "grant",
+        "held",
+        "last",
+        "leased",
+        "mapping",
+        "number",
+    )
 
     def __init__(self, number: int, grant: Grant, which: int, first: int, last: int) -> None:
         self.number = number
@@ -76,6 +90,7 @@ class Claim:
         self.first = first
         self.last = last
         self.leased = True
+        self.held = 0
         self.born = time.monotonic()
         self._reference: Any = None
 
@@ -195,6 +210,30 @@ class Views:
         address = address_of(frame)
         return address is not None and self.find(address, frame.nbytes) is not None
 
+    @contextlib.contextmanager
+    def hold(self, address: int, nbytes: int) -> Iterator[int | None]:
+        """Yield where in the pool the memory at `address` lies, and keep its lease meanwhile.
+
+        None unless it lies in one leased claim and nobody has written into its pages.
+        """
+        claim = self.find(address, nbytes)
+        if claim is not None:
+            with self._lock:
+                if claim.leased:
+                    claim.held += 1
+                else:
+                    claim = None
+        if claim is None:
+            yield None
+            return
+        try:
+            private = self._mappings[claim.mapping]
+            offset = address - private.address
+            yield None if private.written(offset, nbytes) else offset - HEADER_BYTES
+        finally:
+            with self._lock:
+                claim.held -= 1
+
     def part(self, address: int, nbytes: int) -> Part | None:
         """Return what to name in a ticket so that it means the memory at `address`.
 
@@ -232,18 +271,20 @@ class Views:
     def detach(self, claim: Claim) -> tuple[int, int] | None:
         """Give a living view pages of its own, in place; return the lease to give back.
 
-        None if memory is short or the view has died meanwhile; then nothing changed. Only the
+        None if memory is short, somebody holds it, or it has died; then nothing changed. Only the
         thread that calls `ended` may call this: otherwise the range could have been claimed
         anew, and its next view would see these private pages.
         """
-        if not claim.leased or claim.number not in self._claims:
-            return None
+        with self._lock:
+            if not claim.leased or claim.held or claim.number not in self._claims:
+                return None
+            claim.leased = False  # so that nobody begins to hold it
         try:
             self._mappings[claim.mapping].privatise(claim.first, claim.last - claim.first)
         except OSError:
+            claim.leased = True
             return None
         with self._lock:
-            claim.leased = False
             self._leased_bytes -= claim.grant.nbytes
         return claim.grant.extent, claim.grant.lease
 

@@ -284,7 +284,7 @@ def test_a_copy_that_fails_leaks_nothing(small_pool, connection, monkeypatch):
     def fail(target, frame):
         raise MemoryError
 
-    monkeypatch.setattr(small_pool._copier, "copy", fail)
+    monkeypatch.setattr(small_pool.copier, "copy", fail)
     others = [memoryview(payload(seed=seed)) for seed in (1, 2)]
     wanted = [Frame(n, 5 + n, buffer, MiB) for n, buffer in enumerate([kept, *others])]
     try:
@@ -320,7 +320,7 @@ def test_a_copy_out_that_fails_can_be_undone(small_pool, connection, monkeypatch
     def fail(target, frame):
         raise MemoryError
 
-    monkeypatch.setattr(joined._copier, "copy", fail)
+    monkeypatch.setattr(joined.copier, "copy", fail)
     with pytest.raises(MemoryError):
         joined.copy_out(received)
     received.undo()

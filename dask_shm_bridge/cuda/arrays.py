@@ -1,0 +1,223 @@
+"""CuPy arrays in messages: headers are Dask's own, so that any peer can read them.
+
+Over a comm of this package the bytes go by DMA into an extent, which then travels by reference;
+what arrives is copied to the device by DMA from where it lies. Both ways are also taken for CuPy
+arrays within pickled objects (a graph's arguments, the attributes of a model), whichever reducer
+another library has registered for them, and a scheduler that unpickles a graph gets a stand-in:
+it must not touch a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pickle import PickleBuffer
+from typing import Any
+
+import numpy as np
+from distributed.protocol.serialize import (
+    dask_deserialize,
+    dask_dumps,
+    dask_loads,
+    dask_serialize,
+    register_serialization_family,
+)
+
+from dask_shm_bridge import config, counters, pool
+from dask_shm_bridge.cuda import runtime
+from dask_shm_bridge.errors import BridgeError
+from dask_shm_bridge.layout import GRAIN_BYTES
+from dask_shm_bridge.ledger import Grant
+
+CONTEXT = "shm-bridge"
+
+_pickling: ContextVar[bool] = ContextVar("shm-bridge-pickling", default=False)
+_others: list[Any] = [None]  # the reducer of CuPy arrays that ours stands before
+
+
+def install() -> None:
+    """Register for CuPy arrays, now or when CuPy is first met. May be called again."""
+    if "distributed.protocol.cupy" in sys.modules:
+        _register()
+        return
+    for dispatch in (dask_serialize, dask_deserialize):
+        dispatch.register_lazy("cupy")(_register)
+    if not runtime.has_cupy():
+        # An array's header names its class by reference, which can't be imported here.
+        register_serialization_family("dask", dask_dumps, _loads_without_cupy)
+
+
+def _register() -> None:
+    import cupy
+    import distributed.protocol.cupy  # noqa: F401  (its own registrations first)
+
+    dask_serialize.register(cupy.ndarray)(serialize)
+    dask_deserialize.register(cupy.ndarray)(deserialize)
+
+
+@contextlib.contextmanager
+def pickling() -> Iterator[None]:
+    """Have CuPy arrays that are pickled in this context take the way through the pool."""
+    cupy = sys.modules.get("cupy")
+    if cupy is None:
+        yield
+        return
+    present = copyreg.dispatch_table.get(cupy.ndarray)
+    if present is not _reduce:  # cuML sets its own when it is imported
+        _others[0] = present
+        copyreg.pickle(cupy.ndarray, _reduce)
+    token = _pickling.set(True)
+    try:
+        yield
+    finally:
+        _pickling.reset(token)
+
+
+# ----------------------------------------------------------------------------- serialization
+
+
+def serialize(x: Any, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
+    """Serialize a CuPy array in Dask's stock form; over our comms its frame lies in the pool."""
+    import cupy
+
+    if not (x.flags.c_contiguous or x.flags.f_contiguous):
+        x = cupy.ascontiguousarray(x)
+    header = dict(x.__cuda_array_interface__)
+    header["strides"] = tuple(x.strides)
+    return header, [_frame(x, bool(context and context.get(CONTEXT)))]
+
+
+def _frame(x: Any, shared: bool) -> memoryview:
+    """Return a contiguous device array's bytes: in the pool if wanted and there is room."""
+    from dask_shm_bridge.cuda import transfer
+
+    with x.device:
+        pointer, nbytes = int(x.data.ptr), int(x.nbytes)
+        joined = pool.attached() if shared and nbytes >= GRAIN_BYTES else None
+        if joined is not None:
+            device = x.device
+
+            def fill(grant: Grant) -> None:
+                with device:  # on another thread, which has a device of its own
+                    transfer.copy_from(joined, grant, pointer)
+
+            view = joined.place(nbytes, fill)
+            if view is not None:
+                return view
+        return transfer.to_host(pointer, nbytes).data
+
+
+def deserialize(header: dict[str, Any], frames: list[Any]) -> Any:
+    """Build a CuPy array from its frame; a NumPy array where there is no GPU."""
+    (frame,) = frames
+    if not runtime.usable():
+        return _host_array(header, frame)
+    import cupy
+
+    from dask_shm_bridge.cuda import transfer
+
+    frame = memoryview(frame)
+    memory = cupy.empty(frame.nbytes, np.uint8)
+    if frame.nbytes:
+        transfer.copy_to(int(memory.data.ptr), frame)
+    return cupy.ndarray(
+        shape=tuple(header["shape"]),
+        dtype=header["typestr"],
+        memptr=memory.data,
+        strides=tuple(header["strides"]),
+    )
+
+
+def _host_array(header: dict[str, Any], frame: Any) -> Any:
+    if config.get("cuda.no-device") == "error":
+        raise BridgeError(
+            "a CuPy array arrived, and this process has no CuPy or no GPU: convert it in a task "
+            "(cupy.asnumpy), or set shm-bridge.cuda.no-device: numpy"
+        )
+    counters.explain(
+        "no-device", "CuPy arrays become NumPy arrays here, where there is no CuPy or no GPU"
+    )
+    return np.ndarray(
+        tuple(header["shape"]),
+        np.dtype(header["typestr"]),
+        frame,
+        strides=tuple(header["strides"]),
+    )
+
+
+def _loads_without_cupy(header: dict[str, Any], frames: list[Any]) -> Any:
+    if header.get("type") == "cupy.ndarray":
+        return deserialize(header["sub-header"], frames)
+    return dask_loads(header, frames)
+
+
+# ----------------------------------------------------------------------------------- pickles
+
+
+def _reduce(x: Any) -> Any:
+    if not _pickling.get():
+        other = _others[0]
+        return x.__reduce__() if other is None else other(x)
+    header, (frame,) = serialize(x, {CONTEXT: True})
+    return rebuild, (_plain(header), PickleBuffer(frame))
+
+
+def _plain(header: dict[str, Any]) -> dict[str, Any]:
+    return {name: header[name] for name in ("shape", "typestr", "strides")}
+
+
+def rebuild(header: dict[str, Any], frame: Any) -> Any:
+    """Build a pickled CuPy array: on the device, as NumPy, or, in a scheduler, as a stand-in."""
+    if _is_scheduler():
+        return StandIn(header, frame)
+    return deserialize(header, [frame])
+
+
+class StandIn:
+    """A CuPy array in a process that only passes it on.
+
+    Parameters
+    ----------
+    header : dict
+        Shape, strides and type.
+    frame : buffer
+        Its bytes, in host memory.
+    """
+
+    def __init__(self, header: dict[str, Any], frame: Any) -> None:
+        self.header = header
+        self.frame = memoryview(frame)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.frame.nbytes
+
+    def __sizeof__(self) -> int:
+        return self.frame.nbytes
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        frame = PickleBuffer(self.frame) if int(protocol) >= 5 else self.frame.tobytes()
+        return rebuild, (self.header, frame)
+
+    def __dask_tokenize__(self) -> Any:
+        return type(self).__name__, sorted(self.header.items()), self.frame.tobytes()
+
+    def __repr__(self) -> str:
+        return f"<StandIn of a CuPy array of shape {tuple(self.header['shape'])}>"
+
+
+def _is_scheduler() -> bool:
+    """Say whether this process has a scheduler and neither a worker nor a client."""
+    scheduler = sys.modules.get("distributed.scheduler")
+    worker = sys.modules.get("distributed.worker")
+    client = sys.modules.get("distributed.client")
+    return (
+        scheduler is not None
+        and bool(len(scheduler.Scheduler._instances))
+        and not (worker is not None and len(worker.Worker._instances))
+        and not (client is not None and len(client.Client._instances))
+    )

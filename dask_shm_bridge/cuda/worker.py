@@ -1,0 +1,88 @@
+"""A worker with a GPU: pins the pool, offers the resource ``GPU``, reports what it has."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import psutil
+
+from dask_shm_bridge import config, counters, pool
+from dask_shm_bridge.cuda import arrays, pinning, runtime
+from dask_shm_bridge.errors import PoolError
+
+logger = logging.getLogger("dask_shm_bridge")
+
+RESOURCE = "GPU"
+
+_report: dict[str, Any] | None = None
+
+
+def wanted() -> bool:
+    """Say whether a worker in this process should use a GPU.
+
+    Raises
+    ------
+    PoolError
+        If ``shm-bridge.cuda.worker`` is none of ``auto``, true and false.
+    """
+    choice = config.get("cuda.worker")
+    if choice == "auto":
+        return runtime.possible()
+    if isinstance(choice, bool):
+        return choice
+    raise PoolError(f"shm-bridge.cuda.worker: {choice!r} is none of 'auto', true and false")
+
+
+async def setup(worker: Any) -> dict[str, Any] | None:
+    """Make a worker a GPU worker, if it has a GPU; return what it reported."""
+    global _report
+    if not wanted() or not await asyncio.to_thread(runtime.usable):
+        return None
+    arrays.install()
+    report = _report = runtime.report()
+    if config.get("cuda.pin"):
+        if _pin not in pool.on_attach:
+            pool.on_attach.append(_pin)
+        for joined in pool.joined():
+            _pin(joined)
+    if RESOURCE not in worker.state.total_resources:
+        await worker.set_resources(**{RESOURCE: report["gpus"]})
+    try:
+        await worker.scheduler.shm_bridge_device(worker=worker.address, report=report)
+    except Exception as error:  # a scheduler without the plugin does not know this operation
+        logger.info("the scheduler was not told of the GPU of %s: %s", worker.address, error)
+    return report
+
+
+def teardown() -> None:
+    """Unregister what was registered with CUDA."""
+    global _report
+    _report = None
+    if _pin in pool.on_attach:
+        pool.on_attach.remove(_pin)
+    for joined in pool.joined():
+        pins, joined.pins = joined.pins, None
+        if pins is not None:
+            pins.close()
+
+
+def pin_limit() -> int:
+    """Return how much may be registered, in bytes: half of the machine's memory by default."""
+    limit = config.nbytes("cuda.pin-limit")
+    return int(psutil.virtual_memory().total) // 2 if limit is None else limit
+
+
+def _pin(joined: pool.Pool) -> None:
+    if joined.pins is None:
+        joined.pins = pinning.Pins(joined, pin_limit())
+
+
+def figures() -> dict[str, Any] | None:
+    """Return what `stats` shows under ``"device"``; None where this process has no GPU."""
+    moved = counters.device_snapshot()
+    if _report is None and not any(sum(ways.values()) for ways in moved.values()):
+        return None
+    pins = [joined.pins for joined in pool.joined() if joined.pins is not None]
+    return {**(_report or {}), "pinned_bytes": sum(pin.pinned_bytes for pin in pins), **moved}

@@ -1,0 +1,273 @@
+"""Arrays between host, pool and device, through a real cluster with a GPU worker."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+from process.deployment import Deployment, MiB, environment, measured, usage
+
+import dask_shm_bridge
+
+from . import tasks
+
+SIZE = 16 * MiB
+
+
+def device(client: Client) -> dict[str, Any]:
+    """Return the figures of the one GPU worker."""
+    (worker,) = dask_shm_bridge.stats(client)["workers"].values()
+    figures: dict[str, Any] = worker["device"]
+    return figures
+
+
+class Copied:
+    """Bytes that the GPU worker copied since this was made."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._before = device(client)
+
+    def __call__(self, direction: str) -> dict[str, int]:
+        after = device(self._client)
+        return {
+            way: after[direction][way] - self._before[direction][way]
+            for way in ("pinned", "staged", "pageable")
+        }
+
+
+def test_worker_reports_its_gpu(gpu_client: Client) -> None:
+    found = device(gpu_client)
+    assert found["gpus"] == 1 and found["device"] and "." in found["compute_capability"]
+    (worker,) = gpu_client.scheduler_info(n_workers=-1)["workers"].values()
+    assert worker["resources"] == {"GPU": 1}
+    plugin = gpu_client.run_on_scheduler(
+        lambda dask_scheduler: dask_scheduler.plugins["shm-bridge"].devices
+    )
+    (report,) = plugin.values()
+    assert report["device"] == found["device"]
+
+
+def test_to_device_reads_the_pool_by_dma(gpu_client: Client) -> None:
+    x = tasks.numbers(SIZE, 1)
+    future = gpu_client.scatter(x)
+    gpu_client.submit(tasks.pinned, future, pure=False).result()
+    copied = Copied(gpu_client)
+    back = gpu_client.submit(tasks.upload, future, pure=False).result()
+    np.testing.assert_array_equal(back, x)
+    assert copied("to_device") == {"pinned": SIZE, "staged": 0, "pageable": 0}
+    assert device(gpu_client)["pinned_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.arange(3 * MiB, dtype=np.float32).reshape(3, -1),
+        np.asfortranarray(np.arange(2 * MiB, dtype=np.int64).reshape(64, -1)),
+        np.arange(4 * MiB, dtype=np.int32).reshape(64, -1)[::2, ::3],
+        np.zeros((0, 4), np.float64),
+        np.array(7.5),
+        (np.arange(MiB) % 7 == 0),
+        np.arange(MiB, dtype=np.complex64),
+        np.arange(MiB, dtype=">i4"),
+    ],
+    ids=["c", "fortran", "strided", "empty", "scalar", "bool", "complex", "big-endian"],
+)
+def test_to_device_keeps_values(gpu_client: Client, x: np.ndarray) -> None:
+    back = gpu_client.submit(lambda a: dask_shm_bridge.to_device(a).get(), x, pure=False).result()
+    assert back.shape == x.shape
+    np.testing.assert_array_equal(back, x)
+
+
+def test_written_array_is_not_read_from_the_pool(gpu_client: Client) -> None:
+    def written(x: Any) -> Any:
+        tasks.pinned(x)
+        x[5] = 77
+        return dask_shm_bridge.to_device(x).get()
+
+    x = tasks.numbers(SIZE, 2)
+    copied = Copied(gpu_client)
+    back = gpu_client.submit(written, x, pure=False).result()
+    assert back[5] == 77
+    x[5] = 77
+    np.testing.assert_array_equal(back, x)
+    assert copied("to_device") == {"pinned": 0, "staged": SIZE, "pageable": 0}
+
+
+def test_objects_can_not_be_uploaded(gpu_client: Client) -> None:
+    future = gpu_client.submit(
+        lambda: dask_shm_bridge.to_device(np.array([object()])), resources={"GPU": 1}
+    )
+    with pytest.raises(TypeError, match="object"):
+        future.result()
+
+
+def test_result_on_the_device_comes_by_dma(gpu_client: Client) -> None:
+    warm = gpu_client.submit(tasks.device_numbers, SIZE, 3, pure=False)
+    gpu_client.gather(warm)
+    gpu_client.submit(tasks.pinned, None, pure=False).result()
+    future = gpu_client.submit(tasks.device_numbers, SIZE, 4, pure=False)
+    future.result()  # the client has CuPy: it is uploaded there again
+    copied = Copied(gpu_client)
+    with measured(gpu_client) as moved:
+        result = gpu_client.gather(future)
+    delta = moved()
+    assert type(result).__module__.startswith("cupy")
+    np.testing.assert_array_equal(result.get(), tasks.numbers(SIZE, 4))
+    assert copied("from_device") == {"pinned": SIZE, "staged": 0, "pageable": 0}
+    assert delta.inline < 100_000, delta
+    assert delta.copied == 0, delta  # no host copied it into the pool
+    assert delta.everywhere("sent", "referenced") == 2 * SIZE  # worker, scheduler
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (3, 5), (1024, 4096)])
+@pytest.mark.parametrize("order", ["C", "F", "strided"])
+def test_device_arrays_keep_values(gpu_client: Client, shape: Any, order: str) -> None:
+    def make(shape: Any, order: str) -> Any:
+        import cupy
+
+        x = cupy.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        if order == "F":
+            return cupy.asfortranarray(x)
+        return x[::2] if order == "strided" and shape else x
+
+    import cupy
+
+    want = make(shape, order)
+    got = gpu_client.submit(make, shape, order, pure=False).result()
+    assert isinstance(got, cupy.ndarray) and got.dtype == want.dtype
+    assert got.shape == want.shape and got.flags.f_contiguous == want.flags.f_contiguous
+    cupy.testing.assert_array_equal(got, want)
+    back = gpu_client.submit(lambda x: (type(x).__module__, x.get()), want, pure=False).result()
+    assert back[0].startswith("cupy")
+    np.testing.assert_array_equal(back[1], want.get())
+
+
+def test_scheduler_opens_no_device(gpu_client: Client, gpu_deployment: Deployment) -> None:
+    import cupy
+
+    def opened(dask_scheduler: Any) -> list[str]:
+        import os
+
+        found = []
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return [path for path in found if "nvidia" in path]
+
+    x = cupy.asarray(tasks.numbers(SIZE, 5))
+    assert gpu_client.submit(tasks.checked, x, 5, pure=False).result()
+    # within a collection, and as the attribute of an object
+    assert gpu_client.submit(lambda d: tasks.checked(d["x"][0], 5), {"x": [x]}).result()
+    assert gpu_client.run_on_scheduler(opened) == []
+    modules = gpu_client.run_on_scheduler(lambda: [m for m in sys.modules if m == "cuml"])
+    assert modules == []
+
+
+def test_arrays_within_objects(gpu_client: Client) -> None:
+    def box(seed: int) -> Any:
+        return {"inner": [Box(tasks.device_numbers(SIZE, seed))]}
+
+    future = gpu_client.submit(box, 6, pure=False)
+    result = future.result()
+    assert tasks.checked(result["inner"][0].x, 6)
+    assert gpu_client.submit(lambda d: tasks.checked(d["inner"][0].x, 6), future).result()
+    assert gpu_client.submit(lambda d: tasks.checked(d["inner"][0].x, 6), result).result()
+
+
+class Box:
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+
+CLIENT_WITHOUT_CUPY = """
+import sys
+sys.modules["cupy"] = None  # as if it were not installed
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "cupy" else find_spec(name, *a)
+import numpy as np
+from distributed import Client
+from gpu import tasks
+with Client(sys.argv[1], set_as_default=False) as client:
+    x = client.submit(tasks.device_numbers, 1 << 22, 7, pure=False).result()
+    assert type(x) is np.ndarray, type(x)
+    assert (x == tasks.numbers(1 << 22, 7)).all()
+    x = client.submit(lambda: {"a": [tasks.device_numbers(1 << 22, 7)]}, pure=False).result()
+    assert (x["a"][0] == tasks.numbers(1 << 22, 7)).all()
+print("done")
+"""
+
+
+def test_client_without_cupy_gets_numpy(
+    gpu_client: Client, gpu_deployment: Deployment, pool_config: dict[str, Any]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT_WITHOUT_CUPY, gpu_deployment.address],
+        env=environment(pool_config),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "done"
+    assert done.stderr.count("become NumPy arrays") == 1
+
+
+def test_arguments_are_counted_as_pageable(gpu_client: Client) -> None:
+    x = tasks.numbers(SIZE, 8)
+
+    def own(a: Any) -> Any:
+        import cupy
+
+        return int(cupy.asarray(a).sum())
+
+    copied = Copied(gpu_client)
+    total = gpu_client.submit(own, x, pure=False, resources={"GPU": 2**-20}).result()
+    assert total == int(x.sum())
+    assert copied("to_device") == {"pinned": 0, "staged": 0, "pageable": SIZE}
+
+
+def test_convert_arguments(gpu_client: Client) -> None:
+    import dask
+
+    def kind(a: Any) -> Any:
+        return type(a).__module__
+
+    def convert(on: bool) -> None:
+        gpu_client.run(lambda: dask.config.set({"shm-bridge.cuda.convert-arguments": on}))
+
+    x = tasks.numbers(SIZE, 9)
+    assert gpu_client.submit(kind, x, pure=False, resources={"GPU": 1}).result() == "numpy"
+    convert(True)
+    try:
+        found = gpu_client.submit(kind, x, pure=False, resources={"GPU": 1}).result()
+    finally:
+        convert(False)
+    assert found.startswith("cupy")
+
+
+def test_error_on_the_device_leaves_no_lease(gpu_client: Client) -> None:
+    def too_much(x: Any) -> Any:
+        import cupy
+
+        dask_shm_bridge.to_device(x)
+        return cupy.empty(1 << 42, np.uint8)
+
+    x = tasks.numbers(SIZE, 10)
+    future = gpu_client.submit(too_much, x, pure=False)
+    with pytest.raises(Exception, match=r"[Oo]ut of memory|bad_alloc"):
+        future.result()
+    del future
+    assert gpu_client.submit(tasks.upload, x, pure=False).result().sum() == x.sum()
+    assert usage(extent=0, lease=0, ticket=0)["lease"] == 0
+
+
+def test_nothing_is_left(gpu_client: Client) -> None:
+    counts = usage(extent=0, lease=0, ticket=0)
+    assert (counts["extent"], counts["lease"], counts["ticket"]) == (0, 0, 0), counts
