@@ -185,3 +185,61 @@ class Settings:
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),
         )
+
+
+NO_GPU_MODES = ("wait", "cpu", "error")
+
+
+@dataclass(frozen=True)
+class PlacementSettings:
+    """What the scheduler needs to know to place tasks that need a GPU.
+
+    Parameters
+    ----------
+    enabled : bool
+        Whether it places tasks at all.
+    modules : tuple of str
+        Packages or modules whose callables and objects need a GPU.
+    no_gpu : {"wait", "cpu", "error"}
+        What becomes of such tasks where no worker has a GPU.
+    scheduler_devices : bool
+        Whether a scheduler in a process of its own may see the GPUs.
+    """
+
+    enabled: bool
+    modules: tuple[str, ...]
+    no_gpu: str
+    scheduler_devices: bool
+
+    @classmethod
+    def from_config(cls) -> PlacementSettings:
+        """Read Dask's configuration.
+
+        Raises
+        ------
+        PoolError
+            If a value can't be used; the message names its key.
+        """
+        modules = get("placement.modules")
+        if not isinstance(modules, (list, tuple)) or not all(
+            isinstance(name, str) and name for name in modules
+        ):
+            raise PoolError(
+                f"shm-bridge.placement.modules: {modules!r} is no list of names of packages"
+            )
+        no_gpu = get("placement.no-gpu")
+        if no_gpu not in NO_GPU_MODES:
+            raise PoolError(f"shm-bridge.placement.no-gpu: {no_gpu!r} is not in {NO_GPU_MODES}")
+        return cls(
+            enabled=_flag("placement.enabled"),
+            modules=tuple(modules),
+            no_gpu=no_gpu,
+            scheduler_devices=_flag("placement.scheduler-devices"),
+        )
+
+
+def _flag(key: str) -> bool:
+    value = get(key)
+    if not isinstance(value, bool):
+        raise PoolError(f"shm-bridge.{key}: {value!r} is neither true nor false")
+    return value

@@ -64,3 +64,25 @@ class StaleTicketError(LedgerError):
 
 class MemberGoneError(LedgerError):
     """This member is not in the ledger any more (it was taken for dead)."""
+
+
+class NoGpuWorkerError(BridgeError):
+    """A task needs a GPU, and no worker has one (``shm-bridge.placement.no-gpu: error``).
+
+    Attributes
+    ----------
+    task : str
+        Its key.
+    """
+
+    def __init__(self, task: str) -> None:
+        super().__init__(task)
+        self.task = task
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task!r} needs a GPU, but no worker has the resource GPU: start one with "
+            "`dask worker --resources GPU=1`, set shm-bridge.placement.no-gpu on the scheduler to "
+            "wait (for such a worker) or to cpu (run anywhere), or submit it under "
+            "dask.annotate(shm_bridge_gpu=False)"
+        )

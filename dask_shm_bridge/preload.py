@@ -2,7 +2,8 @@
 
 Use as ``dask scheduler --preload dask_shm_bridge.preload``, the same for ``dask worker`` (with
 ``--preload-nanny`` for its nanny), or in the configuration: ``distributed.client.preload``.
-Dask imports preloads before it listens, so that nothing else is needed.
+Dask imports preloads before it listens, so that nothing else is needed. A scheduler gets its
+plugin, and in a process of its own it sees no GPU (``shm-bridge.placement.scheduler-devices``).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Any
 from distributed import Client, Scheduler
 
 from dask_shm_bridge import upgrade
+from scheduler_plugin import ShmSchedulerPlugin, devices
 
 upgrade.install()
 
 
 async def dask_setup(server: Any) -> None:
-    """Upgrade what was there before: a client's stream; let a scheduler answer such requests."""
+    """Upgrade what was there before: a client's stream; give a scheduler its plugin."""
     if isinstance(server, Scheduler):
-        upgrade.upgrade_scheduler(server)
+        devices.hide()
+        await server.register_scheduler_plugin(ShmSchedulerPlugin(), idempotent=True)
     elif isinstance(server, Client) and server.scheduler_comm is not None:
         await upgrade.upgrade_client(server)

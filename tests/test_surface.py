@@ -53,7 +53,8 @@ def test_defaults_fit_the_schema() -> None:
     jsonschema.validate(defaults, schema)
     described = schema["properties"]["shm-bridge"]["properties"]
     assert set(described) == set(defaults["shm-bridge"])
-    assert set(described["pool"]["properties"]) == set(defaults["shm-bridge"]["pool"])
+    for group in ("pool", "placement"):
+        assert set(described[group]["properties"]) == set(defaults["shm-bridge"][group])
     for key in ("threshold", "hold-limit", "tls"):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({"shm-bridge": {key: [1]}}, schema)
@@ -82,6 +83,17 @@ def test_a_bad_value_is_named(key: str, value: object) -> None:
     with dask.config.set({f"shm-bridge.{key}": value}), pytest.raises(errors.PoolError) as caught:
         config.Settings.from_config()
     assert "shm-bridge." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("enabled", "yes"), ("modules", "cuml"), ("no-gpu", "fail"), ("scheduler-devices", 1)],
+)
+def test_a_bad_value_for_placement_is_named(key: str, value: object) -> None:
+    key = f"shm-bridge.placement.{key}"
+    with dask.config.set({key: value}), pytest.raises(errors.PoolError) as caught:
+        config.PlacementSettings.from_config()
+    assert key in str(caught.value)
 
 
 def test_default_pool() -> None:
