@@ -50,6 +50,10 @@ lint: .venv-lint/stamp ## ruff and mypy
 bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)
 	@.venv-bench/bin/python -m dask_shm_bridge.benchmarks $(BENCH_ARGS)
 
+.PHONY: catalogue
+catalogue: ## describe cuML anew; with the Python of a GPU machine that has cuML and this package's needs
+	@PYTHONPATH=$(CURDIR) $(PYTHON) -m dask_shm_bridge.cuml.generate
+
 .PHONY: clean
 clean: ## remove the environments, caches and built files
 	@rm -rf $(ENVS:%=.venv-%) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

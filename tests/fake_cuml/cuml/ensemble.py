@@ -1,0 +1,7 @@
+import sklearn.ensemble
+
+from cuml.internals import wrapped
+
+__all__ = ["RandomForestClassifier"]
+
+RandomForestClassifier = wrapped(sklearn.ensemble.RandomForestClassifier, __name__, n_streams=4)

@@ -1,0 +1,46 @@
+"""Classes that scikit-learn has no counterpart of, and that do what a test needs."""
+
+import time
+import warnings
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+__all__ = ["Forgetful", "Odd"]
+
+
+class Odd(BaseEstimator):
+    """Raises, warns and waits as it is told."""
+
+    def __init__(self, fail=None, warn=None, seconds=0.0, output_type=None):
+        self.fail = fail
+        self.warn = warn
+        self.seconds = seconds
+        self.output_type = output_type
+
+    def fit(self, X, y=None):
+        if self.warn:
+            warnings.warn(self.warn, FutureWarning, stacklevel=2)
+        time.sleep(self.seconds)
+        if self.fail:
+            raise KeyError(self.fail)
+        self.shape_ = np.shape(X)
+        self.kind_ = f"{type(X).__module__}.{type(X).__name__}"
+        return self
+
+    def predict(self, X):
+        return np.zeros(len(X))
+
+
+class Forgetful(BaseEstimator):
+    """Loses its state when it is pickled."""
+
+    def fit(self, X, y=None):
+        self.mean_ = float(np.mean(X))
+        return self
+
+    def predict(self, X):
+        return np.full(len(X), self.mean_)
+
+    def __getstate__(self):
+        return {}

@@ -1,0 +1,8 @@
+import sklearn.neighbors
+
+from cuml.internals import wrapped
+
+__all__ = ["NearestNeighbors", "KNeighborsClassifier"]
+
+NearestNeighbors = wrapped(sklearn.neighbors.NearestNeighbors, __name__)
+KNeighborsClassifier = wrapped(sklearn.neighbors.KNeighborsClassifier, __name__)
