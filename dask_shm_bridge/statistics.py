@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from dask_shm_bridge import counters, pool
 from dask_shm_bridge.errors import BridgeError
+
+logger = logging.getLogger("dask_shm_bridge")
 
 
 def stats(client: Any = None) -> Any:
@@ -56,7 +59,13 @@ def local_stats() -> dict[str, Any]:
 
 
 async def _cluster_stats(client: Any) -> dict[str, Any]:
-    workers = await client.run(local_stats, on_error="ignore")
+    found = await client.run(local_stats, on_error="return")
+    workers = {}
+    for address, figures in found.items():
+        if isinstance(figures, dict):
+            workers[address] = figures
+        elif not isinstance(figures, ImportError):
+            logger.warning("the worker %s gave no figures: %r", address, figures)
     try:
         scheduler = await client.run_on_scheduler(local_stats)
     except ImportError:

@@ -23,6 +23,8 @@ from distributed.protocol.serialize import (
     dask_dumps,
     dask_loads,
     dask_serialize,
+    pickle_dumps,
+    pickle_loads,
     register_serialization_family,
 )
 
@@ -44,8 +46,12 @@ def install() -> None:
         _register()
         return
     for dispatch in (dask_serialize, dask_deserialize):
-        dispatch.register_lazy("cupy")(_register)
-    if not runtime.has_cupy():
+        for module in ("cupy", "cupyx"):
+            dispatch.register_lazy(module)(_register)
+    if runtime.has_cupy():
+        # Clients pickle graphs before a comm sees them.
+        register_serialization_family("pickle", _pickle_dumps, pickle_loads)
+    else:
         # An array's header names its class by reference, which can't be imported here.
         register_serialization_family("dask", dask_dumps, _loads_without_cupy)
 
@@ -157,12 +163,31 @@ def _loads_without_cupy(header: dict[str, Any], frames: list[Any]) -> Any:
 # ----------------------------------------------------------------------------------- pickles
 
 
+def _pickle_dumps(x: Any, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
+    """Pickle for a message, as Dask does."""
+    with pickling():
+        header, frames = pickle_dumps(x, context=context)
+    return header, frames
+
+
 def _reduce(x: Any) -> Any:
     if not _pickling.get():
         other = _others[0]
         return x.__reduce__() if other is None else other(x)
     header, (frame,) = serialize(x, {CONTEXT: True})
-    return rebuild, (_plain(header), PickleBuffer(frame))
+    return rebuild, (_plain(header), _Bytes(frame))
+
+
+class _Bytes:
+    """A frame within a pickle: out of band where the pickle's protocol allows it."""
+
+    def __init__(self, frame: memoryview) -> None:
+        self.frame = frame
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if int(protocol) >= 5:
+            return memoryview, (PickleBuffer(self.frame),)
+        return memoryview, (self.frame.tobytes(),)
 
 
 def _plain(header: dict[str, Any]) -> dict[str, Any]:
@@ -200,8 +225,7 @@ class StandIn:
         return self.frame.nbytes
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        frame = PickleBuffer(self.frame) if int(protocol) >= 5 else self.frame.tobytes()
-        return rebuild, (self.header, frame)
+        return rebuild, (self.header, _Bytes(self.frame))
 
     def __dask_tokenize__(self) -> Any:
         return type(self).__name__, sorted(self.header.items()), self.frame.tobytes()
