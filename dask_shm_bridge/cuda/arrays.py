@@ -14,9 +14,11 @@ import copyreg
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import cache
 from pickle import PickleBuffer
 from typing import Any
 
+import cloudpickle
 import numpy as np
 from distributed.protocol.serialize import (
     dask_deserialize,
@@ -175,7 +177,7 @@ def _reduce(x: Any) -> Any:
         other = _others[0]
         return x.__reduce__() if other is None else other(x)
     header, (frame,) = serialize(x, {CONTEXT: True})
-    return rebuild, (_plain(header), _Bytes(frame))
+    return _Anywhere(), (_plain(header), _Bytes(frame))
 
 
 class _Bytes:
@@ -188,6 +190,36 @@ class _Bytes:
         if int(protocol) >= 5:
             return memoryview, (PickleBuffer(self.frame),)
         return memoryview, (self.frame.tobytes(),)
+
+
+class _Anywhere:
+    """What a pickled array is built by: `rebuild`, also in processes without this package."""
+
+    def __call__(self, header: dict[str, Any], frame: Any) -> Any:
+        return rebuild(header, frame)
+
+    def __reduce__(self) -> Any:
+        return cloudpickle.loads, (_by_value(),)
+
+
+@cache
+def _by_value() -> bytes:
+    def build(header: dict[str, Any], frame: Any) -> Any:
+        try:
+            from dask_shm_bridge.cuda.arrays import rebuild
+        except ImportError:
+            import cupy
+            import numpy
+
+            host = numpy.ndarray(
+                tuple(header["shape"]), header["typestr"], frame, strides=tuple(header["strides"])
+            )
+            return cupy.asarray(host)
+        return rebuild(header, frame)
+
+    build.__module__ = "__main__"
+    code: bytes = cloudpickle.dumps(build)
+    return code
 
 
 def _plain(header: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +257,7 @@ class StandIn:
         return self.frame.nbytes
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (self.header, _Bytes(self.frame))
+        return _Anywhere(), (self.header, _Bytes(self.frame))
 
     def __dask_tokenize__(self) -> Any:
         return type(self).__name__, sorted(self.header.items()), self.frame.tobytes()
