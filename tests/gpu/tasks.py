@@ -45,3 +45,25 @@ def checked(x: Any, seed: int) -> bool:
 
     assert isinstance(x, cupy.ndarray)
     return bool((cupy.asnumpy(x).ravel().view(np.uint8) == numbers(x.nbytes, seed)).all())
+
+
+def long_fit(x: Any, seconds: float) -> Any:
+    """Copy an array to the device and work there for some time; return the sum and the pid."""
+    import os
+    import time
+
+    import cupy
+
+    y = to_device(x)
+    until = time.monotonic() + seconds
+    total = y.sum()
+    while time.monotonic() < until:
+        total = cupy.sort(y).sum()
+        cupy.cuda.Device().synchronize()
+    return int(total), os.getpid()
+
+
+def identity_pid(x: Any) -> Any:
+    import os
+
+    return os.getpid()
