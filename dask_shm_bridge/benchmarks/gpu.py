@@ -68,7 +68,9 @@ def _ways(
         np.save(path, x)
         return str(path)
 
-    found = {name: (clusters[name], itself) for name in ("shm", "tcp") if name in clusters}
+    found: dict[str, tuple[ProcessCluster, Callable[[Any, int], Any]]] = {
+        name: (clusters[name], itself) for name in clusters
+    }
     if "tcp" in clusters:
         found["npy"] = (clusters["tcp"], saved)
     return found
@@ -210,7 +212,7 @@ def main(reps: int, json_path: Path | None, protocols: str, folder: Path | None)
         if "shm" in clusters:
             found = clusters["shm"].client.run(gpu_jobs.settle)
             figures["device"] = next(iter(found.values()))
-        plain = {name: clusters[name] for name in ("shm", "tcp") if name in clusters}
+        plain = {name: one for name, one in clusters.items() if name in ("shm", "tcp")}
         figures["pca"] = pca(plain, reps, Path(files))
         console.print(_table("PCA of 10000 x 6400 float64", figures["pca"], 1e3, "ms"))
         figures["upload"] = uploads(plain, reps, Path(files))
