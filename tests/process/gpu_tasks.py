@@ -119,6 +119,14 @@ def state_of(keys: list[Any], dask_scheduler: Any = None) -> list[tuple[str, Any
     return [(ts.state, ts.resource_restrictions) if ts else ("forgotten", None) for ts in tasks]
 
 
+def forget_restrictions(key: Any, dask_scheduler: Any = None) -> None:
+    dask_scheduler.tasks[key].worker_restrictions = None
+
+
+def pin(key: Any, worker: str, dask_scheduler: Any = None) -> None:
+    dask_scheduler.set_restrictions({key: {worker}})
+
+
 def devices_known(dask_scheduler: Any = None) -> dict[str, Any]:
     return dict(dask_scheduler.plugins["shm-bridge"].devices)
 

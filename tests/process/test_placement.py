@@ -73,6 +73,8 @@ def start(fake: Path, config: dict[str, Any], tmp_path: Path) -> Iterator[Callab
     yield make
     for deployment in deployments:
         deployment.close()
+        for ours in ("left unplaced", "left as they are", "Error transitioning"):
+            assert ours not in deployment.said()
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +251,36 @@ def test_task_first_and_plugin_later(start: Any, cluster_module: Any, tmp_path: 
         assert states(client, [stuck]) == [("no-worker", {"other": 1})]
 
 
+def test_what_came_back_is_placed(start: Any, cluster_module: Any, tmp_path: Path) -> None:
+    deployment = start("gpu", preload=False)
+    worker = deployment.add_worker("cpu")
+    go = tmp_path / "go"
+    with deployment.client() as client:
+        cpu = [address(client, "cpu")]
+        there = client.submit(cluster_module.where_when, str(go), workers=cpu, pure=False)
+        all_in(client, [there], "processing")
+        client.run_on_scheduler(gpu_tasks.forget_restrictions, there.key)  # as if Dask chose it
+        client.register_plugin(ShmSchedulerPlugin())
+        assert states(client, [there]) == [("processing", None)]  # it stays where it is
+        worker.kill()
+        worker.wait(10)
+        go.touch()
+        assert there.result(30) == "gpu"
+        assert states(client, [there]) == [("memory", ASKS)]
+
+
+def test_what_dask_pins_later_is_freed(both: Client, cluster_module: Any, tmp_path: Path) -> None:
+    # as a peer-to-peer shuffle does with its outputs
+    go = tmp_path / "go"
+    first = both.submit(gpu_tasks.wait_for, str(go), pure=False)
+    pinned = both.submit(cluster_module.where, first, pure=False)
+    all_in(both, [pinned], "waiting")
+    assert states(both, [pinned]) == [("waiting", ASKS)]
+    both.run_on_scheduler(gpu_tasks.pin, pinned.key, address(both, "cpu"))
+    go.touch()
+    assert pinned.result(30) == "cpu"
+
+
 def test_a_resource_set_later(start: Any, cluster_module: Any) -> None:
     deployment = start("cpu", preload=False)
     with deployment.client() as client:
@@ -338,6 +370,7 @@ def test_cpu_runs_them_anywhere(start: Any, cluster_module: Any, tmp_path: Path)
         running = client.submit(cluster_module.where_when, str(go))
         later = client.submit(cluster_module.where, running)
         all_in(client, [running], "processing")
+        all_in(client, [later], "waiting")
         assert states(client, [running, later]) == [("processing", ASKS), ("waiting", ASKS)]
         worker.kill()
         worker.wait(10)
