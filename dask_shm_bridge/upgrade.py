@@ -12,9 +12,9 @@ which carry graphs and task arguments, are upgraded in place without losing a me
    read, and may send tickets from then on. Its answer names its own row.
 3. The first side sends an empty message as well, and may send tickets from then on.
 
-Dask treats a message as a list of operations, so that an empty one does nothing. This module and
-`memory` are the only ones that use names of Dask which are not documented;
-``tests/process/test_upgrade.py`` fails where these change.
+Dask treats a message as a list of operations, so that an empty one does nothing. This module,
+`memory` and `scheduler_plugin` are the only ones that use names of Dask which are not documented;
+``tests/process/test_upgrade.py`` and ``test_placement.py`` fail where these change.
 """
 
 from __future__ import annotations

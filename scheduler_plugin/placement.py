@@ -42,6 +42,7 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     *("numpy", "scipy", "pandas", "pyarrow", "sklearn", "xarray", "numba", "zarr"),
 }
 _OPAQUE = frozenset({"numpy", "scipy", "pandas", "pyarrow", "dask", "distributed", "builtins"})
+_OPTIONAL = frozenset({"ImportError", "ModuleNotFoundError"})
 _GLOBAL_LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 
 
@@ -186,6 +187,8 @@ class Placement:
             if by_text and any(self.names_gpu(constant) for constant in part.co_consts):
                 return True
             imports = {name for name in names if self.names_gpu(name)}
+            if not _OPTIONAL.isdisjoint(names):
+                imports = set()  # it says itself that it can do without
             reached = {
                 name for name in names if name in scope and self._reaches(scope[name], helpers)
             }

@@ -57,6 +57,7 @@ class Placer:
         self.no_gpu = settings.no_gpu
         self.warned = False
         self._settling = False
+        self._odd = False
 
     def has_gpu(self) -> bool:
         """Say whether any worker has the resource."""
@@ -70,14 +71,21 @@ class Placer:
         if ts.worker_restrictions or ts.host_restrictions:
             return False
         asked = ts.annotations.get(ANNOTATION) if ts.annotations else None
-        if asked is None:
-            names_gpu = self.placement.names_gpu
-            asked = self.placement.needs_gpu(ts.run_spec) or any(
-                dts.type is not None and names_gpu(dts.type) for dts in ts.dependencies
-            )
-        if not asked:
+        if not (self._needs_gpu(ts) if asked is None else asked):
             return False
         return self.no_gpu != "cpu" or not self.scheduler.workers or self.has_gpu()
+
+    def _needs_gpu(self, ts: TaskState) -> bool:
+        names_gpu = self.placement.names_gpu
+        if any(dts.type is not None and names_gpu(dts.type) for dts in ts.dependencies):
+            return True
+        try:
+            return self.placement.needs_gpu(ts.run_spec)
+        except Exception:  # a user's object may do anything when it is looked at
+            if not self._odd:
+                self._odd = True
+                logger.exception("dask-shm-bridge can't look at task %r: not placed", ts.key)
+            return False
 
     def place(self, ts: TaskState) -> None:
         """Restrict a task that needs it, if its state is safe."""

@@ -75,7 +75,8 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         upgrade.upgrade_scheduler(scheduler)
         self._scheduler = scheduler
         old = scheduler.plugins.get(self.name)
-        if isinstance(old, ShmSchedulerPlugin):
+        # A scheduler starts a plugin that its preload registered a second time: then it is this.
+        if old is not self and isinstance(old, ShmSchedulerPlugin):
             self.devices = old.devices
             # Dask adds this one as soon as this returns: nothing awaits between, and it would warn.
             scheduler.remove_plugin(self.name)

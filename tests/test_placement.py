@@ -245,11 +245,17 @@ def test_a_shuffle_says_itself_where_it_runs(gpu: Any, placement: Placement) -> 
 
 
 def test_a_library_that_supports_gpus_is_no_use_of_one(gpu: Any, placement: Placement) -> None:
-    source = "def f(x):\n try:\n  import cupy\n except ImportError: pass\n return x"
+    source = "def f(x):\n if hasattr(x, 'device'):\n  import cupy\n return x"
     library = of_main(source, __name__="sklearn.utils.anything")
     assert not placement.needs_gpu(task(library, TaskRef("x")))
     users = of_main(source, __name__="models.train")
     assert placement.needs_gpu(task(users, TaskRef("x")))
+
+
+@pytest.mark.parametrize("error", ["ImportError", "ModuleNotFoundError"])
+def test_what_can_do_without_needs_none(error: str, placement: Placement) -> None:
+    source = f"def f(x):\n try:\n  import cupy\n except {error}:\n  import numpy\n return x"
+    assert not placement.needs_gpu(task(of_main(source), TaskRef("x")))
 
 
 def test_modules_and_types_by_name(placement: Placement) -> None:
