@@ -13,7 +13,7 @@ from typing import Any
 from distributed import Client, Scheduler
 
 from dask_shm_bridge import upgrade
-from scheduler_plugin import ShmSchedulerPlugin, devices
+from scheduler_plugin import ShmSchedulerPlugin
 
 upgrade.install()
 
@@ -21,7 +21,6 @@ upgrade.install()
 async def dask_setup(server: Any) -> None:
     """Upgrade what was there before: a client's stream; give a scheduler its plugin."""
     if isinstance(server, Scheduler):
-        devices.hide()
         await server.register_scheduler_plugin(ShmSchedulerPlugin(), idempotent=True)
     elif isinstance(server, Client) and server.scheduler_comm is not None:
         await upgrade.upgrade_client(server)

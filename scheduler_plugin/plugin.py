@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_shm_bridge.config import PlacementSettings
+from scheduler_plugin import devices
 from scheduler_plugin.placer import GPU, Placer
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -62,7 +63,7 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         self._failed = False
 
     async def start(self, scheduler: Any) -> None:
-        """Upgrade the scheduler's listeners, answer workers, and place what is there.
+        """Hide the GPUs from a scheduler's own process, upgrade its listeners, answer workers, and place what is there.
 
         Raises
         ------
@@ -72,6 +73,7 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         from dask_shm_bridge import upgrade
 
         settings = PlacementSettings.from_config()
+        devices.hide()
         upgrade.upgrade_scheduler(scheduler)
         self._scheduler = scheduler
         old = scheduler.plugins.get(self.name)

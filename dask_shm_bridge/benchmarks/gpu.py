@@ -47,12 +47,12 @@ def _clusters(protocols: list[str], console: Console) -> Iterator[dict[str, Proc
 
 def _first_worker(cluster: ProcessCluster) -> str:
     workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
-    return min(workers, key=lambda address: str(workers[address]["name"]))
+    return str(min(workers, key=lambda address: str(workers[address]["name"])))
 
 
 def _second_worker(cluster: ProcessCluster) -> str:
     workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
-    return max(workers, key=lambda address: str(workers[address]["name"]))
+    return str(max(workers, key=lambda address: str(workers[address]["name"])))
 
 
 def _ways(
