@@ -15,7 +15,7 @@ OWNERS = {
     "bridge": "the pool's bookkeeping: threads, ledger, tickets",
     "copy": "the copy into the pool",
     "socket": "the socket, both ends",
-    "task": "the task: page faults and the sum",
+    "task": "the task: the sum, page faults if any",
 }
 
 
@@ -68,15 +68,18 @@ def _transport(sender: str, reader: str, who: str, protocol: str, named: bool) -
         points.append(Point(reader, "from-frames:begin", f"{who}: write and read", "socket"))
     else:
         points.append(Point(sender, "ship:begin", f"{who}: to a thread", "bridge"))
+        points += [
+            Point(sender, "ledger:begin", f"{who}: look for pages in the pool", "bridge"),
+            Point(sender, "ledger:end", f"{who}: ledger", "bridge"),
+        ]
         if not named:
             points += [
-                Point(sender, "ledger:end", f"{who}: ledger", "bridge"),
                 Point(sender, "commit:end", f"{who}: commit", "bridge"),
                 Point(sender, "copy:begin", f"{who}: map", "bridge"),
                 Point(sender, "copy:end", f"{who}: copy", "copy"),
             ]
         points += [
-            Point(sender, "ship:end", f"{who}: ledger" if named else f"{who}: end", "bridge"),
+            Point(sender, "ship:end", f"{who}: end", "bridge"),
             Point(sender, "send-frames:begin", f"{who}: to the loop", "bridge"),
             Point(reader, "receive:begin", f"{who}: wire", "bridge"),
             Point(reader, "receive:end", f"{who}: adopt and view", "bridge"),
@@ -88,7 +91,7 @@ def _task(worker: str) -> list[Point]:
     return [
         Point(worker, "execute:begin", "worker: until execute"),
         Point(worker, "task:begin", "worker: to the task's thread"),
-        Point(worker, "task:end", "worker: page faults and sum", "task"),
+        Point(worker, "task:end", "worker: the task, which reads all", "task"),
         Point(worker, "send task-finished", "worker: back to the loop"),
         Point("client", "recv task-finished:begin", "worker → scheduler: finished"),
         Point("client", "send key-in-memory", "scheduler: state"),

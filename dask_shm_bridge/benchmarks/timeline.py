@@ -34,11 +34,10 @@ def trace(way: DaskWay, least_bytes: int) -> None:
     """Have every process of a way's cluster note its steps."""
     roles = {address: f"worker-{number}" for number, address in enumerate(way.workers)}
     way.client.run(tracing.install_in_worker, roles, least_bytes)
-    scheduler = way.client.cluster.scheduler
+    scheduler = getattr(way.client.cluster, "scheduler", None)
     tracing.install("client", least_bytes, (scheduler, way.client))
-    dask_way.time = SimpleNamespace(  # type: ignore[assignment]  # its clock is noted as well
-        perf_counter=_noted_clock, monotonic=time.monotonic, sleep=time.sleep
-    )
+    clock = SimpleNamespace(perf_counter=_noted_clock, monotonic=time.monotonic, sleep=time.sleep)
+    vars(dask_way)["time"] = clock  # the cases' own clock is noted as well
 
 
 def _noted_clock() -> float:

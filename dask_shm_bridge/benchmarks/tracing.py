@@ -146,7 +146,7 @@ def _wrap_streams() -> None:
                 note(f"send {operation}")
         send(self, *messages)
 
-    BatchedSend.send = wrapper
+    BatchedSend.send = wrapper  # type: ignore[method-assign]
 
 
 def _wrapped(function: Callable[..., Any], step: str, least_bytes: int) -> Callable[..., Any]:
