@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import resource
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,7 +67,9 @@ _installed: set[int] = set()
 
 
 def note(step: str, ns: int | None = None) -> None:
-    """Add an event of now, or of a time already taken."""
+    """Add an event of now, or of a time already taken. Linux only."""
+    import resource
+
     used = resource.getrusage(resource.RUSAGE_THREAD)
     _events.append(
         Event(
