@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dask_shm_bridge.benchmarks import report
+from dask_shm_bridge.benchmarks import critical, report
 from dask_shm_bridge.benchmarks.alternation import Alternation, Measurement
 from dask_shm_bridge.benchmarks.cases import CASES, CaseMethod, MemcpyWay, MismatchError, Way
 from dask_shm_bridge.benchmarks.command import main
@@ -20,6 +20,7 @@ from dask_shm_bridge.benchmarks.dask_way import grid_shape
 from dask_shm_bridge.benchmarks.deadline import within
 from dask_shm_bridge.benchmarks.disk import consume_file, filesystem, load, load_rows, save
 from dask_shm_bridge.benchmarks.payload import Words, change, consume, generate
+from dask_shm_bridge.benchmarks.tracing import Event
 from dask_shm_bridge.benchmarks.traffic import Traffic
 
 
@@ -140,6 +141,47 @@ def test_ratios_compare_with_tcp_and_with_a_copy():
 def test_wrong_arguments_are_refused(arguments, capsys):
     assert main(arguments) == 2
     assert "Invalid value" in capsys.readouterr().err
+
+
+def test_a_run_is_divided_without_a_remainder():
+    points = [critical.Point("a", "x", "to x"), critical.Point("b", "y", "to y", "copy")]
+    steps = [("a", "x"), ("a", "clock"), ("b", "y"), ("a", "x"), ("a", "x"), ("b", "y")]
+    events = [Event(ns, *step, 0.0, 0.0, ns) for ns, step in enumerate([*steps, ("a", "clock")])]
+    passage = critical.divide(events[::-1], points)
+    assert [i.seconds for i in passage.intervals] == [2e-9, 2e-9]  # the first x after the clock
+    assert passage.seconds == 5e-9 and passage.intervals[1].faults == 2
+    with pytest.raises(LookupError, match="no y after a: x"):
+        critical.divide([event for event in events if event.role == "a"], points)
+    with pytest.raises(LookupError, match="not 1"):
+        critical.divide(events[:3], points)
+
+
+@pytest.mark.parametrize("protocol", ["shm", "tcp"])
+@pytest.mark.parametrize("case", critical.CASES)
+def test_each_path_ends_with_the_clock(case, protocol):
+    points = critical.path(case, protocol)
+    assert points[-1][:2] == ("client", "clock")
+    assert {point.owner for point in points} <= set(critical.OWNERS)
+    assert ("copy" in {point.owner for point in points}) == (protocol == "shm")
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_timeline_of_every_case(tmp_path):
+    out, reps = tmp_path / "out.json", 2
+    arguments = ["--case", ",".join(critical.CASES), "--size", "6MiB", "--reps", str(reps)]
+    arguments += ["--protocol", "shm,tcp", "--json", str(out)]
+    done = run_module("dask_shm_bridge.benchmarks.timeline", arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert set(results) == {f"{c} {p}" for c in critical.CASES for p in ("shm", "tcp")}
+    for name, result in results.items():
+        case, protocol = name.split()
+        assert f"{case} over {protocol}" in done.stdout
+        labels = [point.label for point in critical.path(case, protocol)]
+        assert [row["interval"] for row in result["intervals"]] == labels
+        assert len(result["samples_ms"]) == reps
+        assert all(row["ms"] >= 0 for row in result["intervals"])
 
 
 @pytest.mark.process
