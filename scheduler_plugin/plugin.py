@@ -63,7 +63,9 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         self._failed = False
 
     async def start(self, scheduler: Any) -> None:
-        """Hide the GPUs from a scheduler's own process, upgrade its listeners, answer workers, and place what is there.
+        """Upgrade the scheduler's listeners, answer workers, and place what is there.
+
+        A scheduler's own process sees no GPU from now on.
 
         Raises
         ------
