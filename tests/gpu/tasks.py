@@ -67,3 +67,29 @@ def identity_pid(x: Any) -> Any:
     import os
 
     return os.getpid()
+
+
+def bus() -> str:
+    """Return where the current device is plugged in: the same for every process that uses it."""
+    import cupy
+
+    return str(cupy.cuda.Device().pci_bus_id)
+
+
+def opened() -> list[str]:
+    """Return what of CUDA's this process has open."""
+    import contextlib
+    import os
+
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [path for path in found if "nvidia-uvm" in path]
+
+
+def gpu_modules() -> list[str]:
+    """Return which packages of the GPU this process has imported."""
+    import sys
+
+    return sorted({"cuml", "cupy", "cudf"} & set(sys.modules))

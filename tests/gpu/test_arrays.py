@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import subprocess
 import sys
@@ -149,25 +148,43 @@ def test_device_arrays_keep_values(gpu_client: Client, shape: Any, order: str) -
     np.testing.assert_array_equal(back[1], want.get())
 
 
-def test_scheduler_opens_no_device(gpu_client: Client, gpu_deployment: Deployment) -> None:
+def test_scheduler_opens_no_device(gpu_client: Client) -> None:
     import cupy
-
-    def opened(dask_scheduler: Any) -> list[str]:
-        import os
-
-        found = []
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        return [path for path in found if "nvidia" in path]
 
     x = cupy.asarray(tasks.numbers(SIZE, 5))
     assert gpu_client.submit(tasks.checked, x, 5, pure=False).result()
     # within a collection, and as the attribute of an object
     assert gpu_client.submit(lambda d: tasks.checked(d["x"][0], 5), {"x": [x]}).result()
-    assert gpu_client.run_on_scheduler(opened) == []
-    modules = gpu_client.run_on_scheduler(lambda: [m for m in sys.modules if m == "cuml"])
-    assert modules == []
+    assert gpu_client.submit(lambda box: tasks.checked(box.x, 5), Box(x)).result()
+    assert gpu_client.run_on_scheduler(tasks.opened) == []
+    assert gpu_client.run_on_scheduler(tasks.gpu_modules) == []
+
+
+def test_remote_estimator_and_metric(gpu_client: Client) -> None:
+    cluster = pytest.importorskip("dask_shm_bridge.cuml.cluster")
+    x = np.random.default_rng(0).normal(size=(1 << 18, 16)).astype(np.float32)
+    copied = Copied(gpu_client)
+    model = cluster.KMeans(n_clusters=4, random_state=0, n_init=1).fit(x)
+    labels = model.predict(x)
+    assert labels.shape == (len(x),)
+    found = copied("to_device")
+    assert found["pageable"] == 0 and found["pinned"] + found["staged"] >= 2 * x.nbytes
+    score = gpu_client.submit(
+        dask_shm_bridge.remote("cuml.metrics.accuracy_score"), labels, labels, pure=False
+    )
+    assert score.result() == 1
+    assert gpu_client.run_on_scheduler(tasks.opened) == []
+    assert gpu_client.run_on_scheduler(tasks.gpu_modules) == []
+    del model, score
+
+
+def test_callable_by_reference(gpu_client: Client) -> None:
+    """The last test with this scheduler that looks at its modules: it imports cuML, unseeing."""
+    from cuml.metrics import accuracy_score
+
+    y = np.arange(1 << 20, dtype=np.int32) % 3
+    assert gpu_client.submit(accuracy_score, y, y, pure=False).result() == 1
+    assert gpu_client.run_on_scheduler(tasks.opened) == []
 
 
 def test_arrays_within_objects(gpu_client: Client) -> None:

@@ -129,3 +129,28 @@ def test_placement_and_a_killed_worker(
             del future, quick
         assert other.poll() is None
     assert usage(extent=0, lease=0, ticket=0)["lease"] == 0
+
+
+def test_a_worker_for_each_gpu() -> None:
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("there is only one GPU")
+    dask_cuda = pytest.importorskip("dask_cuda")
+    cluster = dask_cuda.LocalCUDACluster(protocol="shm", dashboard_address=":0", host="127.0.0.1")
+    with cluster, Client(cluster, set_as_default=False) as client:
+        workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+        assert len(workers) == cupy.cuda.runtime.getDeviceCount()
+        buses = {
+            client.submit(tasks.bus, workers=worker, pure=False).result() for worker in workers
+        }
+        assert len(buses) == len(workers)  # each has a GPU of its own
+        for maker in workers:
+            future = client.submit(tasks.device_numbers, SIZE, 4, pure=False, workers=maker)
+            for reader in workers:
+                task = client.submit(tasks.checked, future, 4, pure=False, workers=reader)
+                assert task.result()
+        figures = dask_shm_bridge.stats(client)["workers"].values()
+        assert all(one["device"]["to_device"]["pageable"] == 0 for one in figures)
+        del future, task
+        assert usage(extent=0, lease=0, ticket=0)["lease"] == 0

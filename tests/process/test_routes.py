@@ -401,7 +401,7 @@ def test_the_scheduler_keeps_no_bytes(client: Client, deployment: Deployment) ->
     growth(8 * MiB)  # what grows once
     with measured(client) as delta:
         small = growth(8 * MiB)
-        large = growth(48 * MiB)
+        large = growth(128 * MiB)
     assert delta().at("scheduler", "sent", "copied") == 0, delta()
     assert large < small + 8 * MiB
 
