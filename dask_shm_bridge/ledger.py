@@ -173,12 +173,14 @@ class Ledger:
 
     # ------------------------------------------------------------------- extents and tickets
 
-    def allocate(self, member: int, sizes: Sequence[int], region: str) -> list[Grant | None]:
+    def allocate(
+        self, member: int, sizes: Sequence[int], region: str, timeout_s: float | None = None
+    ) -> list[Grant | None]:
         """Lend an extent for each size, or None where no free run is long enough.
 
         The lowest free address goes first, so that warm pages are used again.
         """
-        with self.record.changing() as tables:
+        with self.record.changing(timeout_s) as tables:
             return [self._allocate(tables, member, nbytes, region) for nbytes in sizes]
 
     def ship(

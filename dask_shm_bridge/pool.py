@@ -237,23 +237,28 @@ class Pool:
         shipment.tickets[frame.place] = frame.number
         shipment.copied.append(frame.nbytes)
 
-    def place(self, nbytes: int, fill: Callable[[Grant], None]) -> memoryview | None:
+    def place(
+        self, nbytes: int, fill: Callable[[Grant], None], timeout_s: float | None = None
+    ) -> memoryview | None:
         """Let `fill` write into an extent of its own, and return a view of that.
 
         None where the pool has no room. The view is this process's; as the frame of a message
         it travels by reference. Runs `fill` on a thread of the pool, which is not left meanwhile.
+        `timeout_s` is for the ledger, if not as long as usual.
         """
         try:
-            return self._jobs.submit(self._place, nbytes, fill).result()
+            return self._jobs.submit(self._place, nbytes, fill, timeout_s).result()
         except RuntimeError:  # the pool was left, or the interpreter shuts down
             if not self.closed:
                 raise
             return None
 
-    def _place(self, nbytes: int, fill: Callable[[Grant], None]) -> memoryview | None:
+    def _place(
+        self, nbytes: int, fill: Callable[[Grant], None], timeout_s: float | None
+    ) -> memoryview | None:
         try:
             self._check_open()
-            (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+            (grant,) = self.ledger.allocate(self.member, [nbytes], region(), timeout_s)
         except LedgerError as error:
             counters.explain("ledger", f"an array can't be placed in the pool: {error!r}")
             return None

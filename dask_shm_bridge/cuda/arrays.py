@@ -9,6 +9,7 @@ it must not touch a device.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copyreg
 import sys
@@ -37,6 +38,7 @@ from dask_shm_bridge.layout import GRAIN_BYTES
 from dask_shm_bridge.ledger import Grant
 
 CONTEXT = "shm-bridge"
+_LOOP_TIMEOUT_S = 0.01
 
 _pickling: ContextVar[bool] = ContextVar("shm-bridge-pickling", default=False)
 _others: list[Any] = [None]  # the reducer of CuPy arrays that ours stands before
@@ -112,10 +114,19 @@ def _frame(x: Any, shared: bool) -> memoryview:
                 with device:  # on another thread, which has a device of its own
                     transfer.copy_from(joined, grant, pointer)
 
-            view = joined.place(nbytes, fill)
+            view = joined.place(nbytes, fill, _LOOP_TIMEOUT_S if _on_loop() else None)
             if view is not None:
                 return view
         return transfer.to_host(pointer, nbytes).data
+
+
+def _on_loop() -> bool:
+    """Say whether this is an event loop's thread: Dask serializes up to 10 MiB there."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def deserialize(header: dict[str, Any], frames: list[Any]) -> Any:
