@@ -14,12 +14,17 @@ __version__ = "0.1.0"
 _config.register_defaults()
 
 if TYPE_CHECKING:
+    from dask_shm_bridge.callables import remote
     from dask_shm_bridge.plugins import enable
     from dask_shm_bridge.statistics import stats
 
-_LAZY = {"stats": "dask_shm_bridge.statistics", "enable": "dask_shm_bridge.plugins"}
+_LAZY = {
+    "stats": "dask_shm_bridge.statistics",
+    "enable": "dask_shm_bridge.plugins",
+    "remote": "dask_shm_bridge.callables",
+}
 
-__all__ = ["__version__", "enable", "stats"]
+__all__ = ["__version__", "enable", "remote", "stats"]
 
 
 def __getattr__(name: str) -> Any:
