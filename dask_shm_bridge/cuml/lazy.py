@@ -71,24 +71,23 @@ def _by_block(collection: Any, recipe: Any, model: Any, what: Any, item: int | N
     resources = {"resources": session.GPU_SHARE} if recipe.gpu else {}
     if not is_frame(collection) and collection.ndim == 2 and collection.numblocks[1] > 1:
         collection = collection.rechunk({1: -1})
+    blocks = _column(collection.to_delayed())
     with dask.annotate(**resources):
         call = delayed(function, pure=False)
-        blocks = [call(packed, model, item, block) for block in _column(collection.to_delayed())]
-        if hasattr(what, "iloc"):
-            import dask.dataframe as dd
+        blocks = [call(packed, model, item, block) for block in blocks]
+    if hasattr(what, "iloc"):
+        import dask.dataframe as dd
 
-            divisions = getattr(collection, "divisions", None)
-            return dd.from_delayed(blocks, meta=what.iloc[:0], divisions=divisions)
-        import dask.array as da
+        return dd.from_delayed(blocks, meta=what.iloc[:0], divisions=collection.divisions)
+    import dask.array as da
 
-        lengths = (
-            [float("nan")] * len(blocks) if is_frame(collection) else list(collection.chunks[0])
-        )
-        parts = [
-            da.from_delayed(block, (length, *what.shape[1:]), dtype=what.dtype)
-            for block, length in zip(blocks, lengths, strict=True)
-        ]
-        return da.concatenate(parts, allow_unknown_chunksizes=True)
+    unknown = float("nan")
+    lengths = [unknown] * len(blocks) if is_frame(collection) else list(collection.chunks[0])
+    parts = [
+        da.from_delayed(block, (length, *what.shape[1:]), dtype=what.dtype)
+        for block, length in zip(blocks, lengths, strict=True)
+    ]
+    return da.concatenate(parts, allow_unknown_chunksizes=True)
 
 
 def _column(blocks: Any) -> list[Any]:

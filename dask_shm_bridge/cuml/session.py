@@ -39,8 +39,15 @@ def run(client: Any, function: Callable[[], Awaitable[Any]], stacklevel: int = 3
 
     if client.asynchronous:
         return limited()
+
+    async def quiet() -> Any:
+        try:
+            return await limited()
+        except asyncio.CancelledError:  # by Ctrl-C, which the user sees as what it is
+            raise BridgeError("the call was cancelled") from None
+
     with clients.seceded():
-        return client.sync(limited)
+        return client.sync(quiet)
 
 
 def task(name: str, gpu: bool) -> Callable[..., Any]:
@@ -126,9 +133,13 @@ async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[A
         return list(await client.gather(wanted, asynchronous=True))
     except asyncio.CancelledError:
         with contextlib.suppress(Exception):
-            await asyncio.shield(
-                asyncio.ensure_future(client.cancel(futures, asynchronous=True, force=True))
-            )
+            await client.cancel(futures, asynchronous=True, force=True)
+        raise
+    except BaseException:
+        # The client keeps the error of each living Future, the error its traceback, and that the
+        # frames with these Futures and with the estimator: nothing of it would ever be freed.
+        for future in futures:
+            future.release()
         raise
 
 
