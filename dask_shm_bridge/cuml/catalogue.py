@@ -76,7 +76,8 @@ def signature(parameters: list[Entry] | None, own: bool) -> inspect.Signature:
 class Catalogue:
     """Descriptions by dotted path, as `generate.generate` writes them."""
 
-    def __init__(self, content: dict[str, Any]) -> None:
+    def __init__(self, content: dict[str, Any], source: Path) -> None:
+        self.source = source
         self.version: str = content["version"]
         self.modules: frozenset[str] = frozenset(content["modules"])
         self.classes: dict[str, Entry] = content["classes"]
@@ -101,7 +102,7 @@ class Catalogue:
 
 @cache
 def _read(path: Path) -> Catalogue:
-    return Catalogue(json.loads(path.read_text(encoding="utf-8")))
+    return Catalogue(json.loads(path.read_text(encoding="utf-8")), path)
 
 
 def current() -> Catalogue:

@@ -24,10 +24,20 @@ class Held:
     """
 
     def __init__(self, model: Any, gpu: bool, output: str | None) -> None:
-        self.model = model
+        self._model = model
+        self._data: bytes | None = None
         self.gpu = gpu
         self.output = output
         self._sound = False
+
+    @property
+    def model(self) -> Any:
+        """The model; unpickled when it is first used, since it may only pass through here."""
+        data = self._data
+        if data is not None:
+            self._model = pickle.loads(data)
+            self._data = None
+        return self._model
 
     def __reduce__(self) -> Any:
         # Wherever Dask moves or spills a model: better an error than one that forgot what it is.
@@ -42,6 +52,8 @@ class Held:
         BridgeError
             If the model that comes out of the pickle is not the one that went in.
         """
+        if self._data is not None:
+            return self._data
         data = pickle.dumps(self.model, protocol=5)
         if not self._sound:
             lost = differences(self.model, pickle.loads(data))
@@ -56,7 +68,8 @@ class Held:
 
 
 def _restored(data: bytes, gpu: bool, output: str | None) -> Held:
-    held = Held(pickle.loads(data), gpu, output)
+    held = Held(None, gpu, output)
+    held._data = data
     held._sound = True
     return held
 

@@ -66,7 +66,7 @@ def _by_block(collection: Any, recipe: Any, model: Any, what: Any, item: int | N
     import dask
     from dask.delayed import delayed
 
-    packed = Packed(recipe)
+    packed, key = Packed(recipe), Packed(model.key)
     function = session.task("call_block", recipe.gpu)
     resources = {"resources": session.GPU_SHARE} if recipe.gpu else {}
     if not is_frame(collection) and collection.ndim == 2 and collection.numblocks[1] > 1:
@@ -74,7 +74,7 @@ def _by_block(collection: Any, recipe: Any, model: Any, what: Any, item: int | N
     blocks = _column(collection.to_delayed())
     with dask.annotate(**resources):
         call = delayed(function, pure=False)
-        blocks = [call(packed, model, item, block) for block in blocks]
+        blocks = [call(packed, model, key, item, block) for block in blocks]
     if hasattr(what, "iloc"):
         import dask.dataframe as dd
 

@@ -100,7 +100,7 @@ class Model:
         return {
             name: value
             for name, value in params.items()
-            if name not in self.params or self.params[name] is not value
+            if name not in self.params or not same(self.params[name], value)
         }
 
     def __deepcopy__(self, memo: Any) -> Model:
@@ -118,6 +118,18 @@ class Model:
         # Connect when it is used; but where a client is at hand, hold the model from now on.
         if _is_connected(client, self.home) and not client.asynchronous:
             self._future = _known(client, self._key)
+
+
+def same(value: Any, default: Any) -> bool:
+    """Whether a parameter has a value; false where that can't be told, as of arrays."""
+    if value is default:
+        return True
+    if type(value) is not type(default):
+        return False
+    try:
+        return bool(value == default) or bool(value != value and default != default)
+    except Exception:  # an array
+        return False
 
 
 def _is_connected(client: Any, home: clients.Home) -> bool:
@@ -144,7 +156,11 @@ def _keep(future: Any) -> None:
     number = next(_numbers)
     _kept[number] = future
     loop = future.client.loop
-    loop.add_callback(loop.call_later, seconds, _kept.pop, number, None)
+    loop.add_callback(loop.call_later, seconds, _drop, number)
+
+
+def _drop(number: int) -> None:
+    _kept.pop(number, None)  # returns nothing: the loop would wait for the Future's result
 
 
 def attribute(model: Model, name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from dask_shm_bridge.cuml import calls, catalogue, clients
 from dask_shm_bridge.cuml.bases import Absent, bases, merged_tags
 from dask_shm_bridge.cuml.catalogue import Unspecified
-from dask_shm_bridge.cuml.model import Model, attribute
+from dask_shm_bridge.cuml.model import Model, attribute, same
 from dask_shm_bridge.errors import BridgeError
 
 PACKAGE = "dask_shm_bridge.cuml"
@@ -18,7 +18,7 @@ PACKAGE = "dask_shm_bridge.cuml"
 # What scikit-learn's mixins bring along: hidden where cuML's class has no such method.
 MIXED_IN = ("fit_predict", "fit_transform", "score")
 
-_classes: dict[tuple[str, str], type] = {}
+_classes: dict[tuple[str, str, str], type] = {}
 
 
 class RemoteEstimator:
@@ -40,7 +40,7 @@ class RemoteEstimator:
         return {
             name
             for name, value in params.items()
-            if not _same(value, self._signature.parameters[name].default)
+            if not same(value, self._signature.parameters[name].default)
         }
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -106,17 +106,6 @@ def restored(
     return new
 
 
-def _same(value: Any, default: Any) -> bool:
-    if value is default:
-        return True
-    if type(value) is not type(default) or isinstance(value, Unspecified):
-        return False
-    try:
-        return bool(value == default) or bool(value != value and default != default)
-    except Exception:  # an array
-        return False
-
-
 def class_of(path: str) -> type:
     """Return the class of a path in the catalogue, or that a worker describes.
 
@@ -134,11 +123,14 @@ def class_of(path: str) -> type:
 
 
 def make_class(entry: dict[str, Any]) -> type:
-    """Make the class of a catalogue entry, once for each path and version."""
+    """Make the class of a catalogue entry, once for each path, version and catalogue."""
     path: str = entry["path"]
     version: str = entry.get("version") or catalogue.current().version
-    if (path, version) in _classes:
-        return _classes[path, version]
+    now = catalogue.current()
+    # A class of this catalogue is not that of another, even of the same version of cuML.
+    identity = (path, version, str(now.source) if now.find(path) is not None else "described")
+    if identity in _classes:
+        return _classes[identity]
     if not entry.get("estimator"):
         raise AttributeError(
             f"{path} is no estimator: use it on a worker, in a function of your own or by "
@@ -161,8 +153,8 @@ def make_class(entry: dict[str, Any]) -> type:
     if entry.get("estimator_type"):
         namespace["_estimator_type"] = entry["estimator_type"]
     found = bases(entry)
-    _classes[path, version] = type(name, (RemoteEstimator, *found), namespace)
-    return _classes[path, version]
+    _classes[identity] = type(name, (RemoteEstimator, *found), namespace)
+    return _classes[identity]
 
 
 def _initializer(signature: inspect.Signature, name: str) -> Callable[..., None]:

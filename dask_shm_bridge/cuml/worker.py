@@ -299,10 +299,35 @@ def _outcome(
     return Outcome(value, said, tuple(sorted(converted)), _address(), version, info)
 
 
-def call_block(packed: Packed, held: Held, item: int | None, block: Any) -> Any:
-    """Call a method on one block of a dask collection; the `item`-th of a tuple of results."""
+def call_block(packed: Packed, held: Held, key: Packed, item: int | None, block: Any) -> Any:
+    """Call a method on one block of a dask collection; the `item`-th of a tuple of results.
+
+    Dask drops annotations when it optimizes arrays and DataFrames. So, without the scheduler's
+    placement, this may run where there is no GPU, and then has it done by a worker with one.
+    """
+    if held.gpu and not _has_gpu():
+        return _elsewhere(packed, key, item, block)
     value = value_of(call(packed, held, block))
     return value if item is None else value[item]
+
+
+def _has_gpu() -> bool:
+    from distributed import get_worker
+
+    return bool(get_worker().state.total_resources.get("GPU", 0) > 0)
+
+
+def _elsewhere(packed: Packed, key: Packed, item: int | None, block: Any) -> Any:
+    from distributed import Future, get_worker
+
+    from dask_shm_bridge.cuml import clients, session
+
+    client = get_worker()._get_client()
+    with clients.seceded():
+        model: Any = Future(key.open(), client)
+        data = client.scatter(block, hash=False)
+        future = session.submit(client, "call_block", True, "block", packed, model, key, item, data)
+        return future.result()
 
 
 def attribute(held: Held, name: str, holds: frozenset[str]) -> Outcome:

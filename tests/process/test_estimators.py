@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,46 +27,25 @@ from distributed import Client, Future
 
 from dask_shm_bridge.errors import BridgeError
 
-from .deployment import Deployment, MiB, environment, measured, run
-
-FAKE = Path(__file__).resolve().parents[1] / "fake_cuml"
-
-
-@pytest.fixture(scope="module")
-def fake_path() -> Iterator[str]:
-    """Give children the fake cuML; this process does not have it."""
-    with pytest.MonkeyPatch.context() as patch:
-        before = os.environ.get("PYTHONPATH")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FAKE), before])))
-        yield str(FAKE)
-
-
-@pytest.fixture(scope="module")
-def catalogue(fake_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Describe the fake cuML, and use that description."""
-    path = tmp_path_factory.mktemp("catalogue") / "fake.json"
-    subprocess.run(
-        [sys.executable, "-m", "dask_shm_bridge.cuml.generate", "-o", str(path)],
-        env=environment({}),
-        check=True,
-        timeout=100,
-        capture_output=True,
-    )
-    with dask.config.set({"shm-bridge.cuml.catalogue": str(path)}):
-        yield path
+from .deployment import Deployment, MiB, measured, run
 
 
 @pytest.fixture(scope="module")
 def deployment(
-    pool_config: dict[str, Any], catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+    pool_config: dict[str, Any], fake_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
     """Start a scheduler, a worker that is said to have a GPU, and one without."""
-    config = {**pool_config, "shm-bridge.cuml.catalogue": str(catalogue)}
+    config = {**pool_config, "shm-bridge.cuml.catalogue": str(fake_catalogue)}
     folder = tmp_path_factory.mktemp("dask")
     with Deployment(folder, config, workers=0) as deployment:
         deployment.add_worker("gpu", ("--resources", "GPU=1"))
         deployment.add_worker("cpu")
         yield deployment
+
+
+@pytest.fixture(autouse=True)
+def _described(catalogue: Path) -> None:
+    """Use the description of the fake in all these tests."""
 
 
 @pytest.fixture
@@ -80,7 +58,6 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 def test_fit_and_predict(client: Client, data: Any) -> None:
     import sklearn.cluster
-
     from dask_shm_bridge.cuml.cluster import KMeans
 
     X, _ = data
@@ -209,6 +186,17 @@ def test_dask_frames(client: Client, data: Any) -> None:
     np.testing.assert_array_equal(np.asarray(found), local.predict(frame))
 
 
+def test_blocks_run_on_the_gpu_worker(client: Client) -> None:
+    named = {w["name"]: a for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+    (pid,) = client.run(os.getpid, workers=[named["gpu"]]).values()
+    remote = odd().fit(np.ones((4, 2)))
+    x = da.ones((2000, 2), chunks=(100, 2))
+    assert set(remote.predict(x).compute()) == {pid}
+    assert set((remote.predict(x) + 0).persist().compute()) == {pid}
+    frame = dd.from_pandas(pd.DataFrame({"a": np.arange(1000.0)}), npartitions=10)
+    assert set(np.asarray(remote.predict(frame).compute())) == {pid}
+
+
 def test_neighbours_of_a_dask_array(client: Client, data: Any) -> None:
     from dask_shm_bridge.cuml.neighbors import NearestNeighbors
 
@@ -314,7 +302,8 @@ def test_pickle_into_another_process(
 ) -> None:
     X, y = data
     remote = logistic().fit(X, y)
-    (tmp_path / "model").write_bytes(pickle.dumps(remote))
+    with dask.config.set({"shm-bridge.cuml.keep-pickled": "0s"}):  # this process holds it
+        (tmp_path / "model").write_bytes(pickle.dumps(remote))
     np.save(tmp_path / "X.npy", X)
     config = {**pool_config, "shm-bridge.cuml.catalogue": str(catalogue)}
     said = run(PICKLED, str(tmp_path / "model"), str(tmp_path / "X.npy"), config=config)
@@ -406,7 +395,6 @@ def test_only_the_methods_that_it_has(client: Client) -> None:
 
 def test_fit_predict(client: Client, data: Any) -> None:
     import sklearn.cluster
-
     from dask_shm_bridge.cuml.cluster import DBSCAN
 
     X, _ = data
@@ -428,11 +416,10 @@ def test_sample_weight(client: Client, data: Any) -> None:
 
 
 def test_clone_pipeline_and_grid_search(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.preprocessing import StandardScaler
     from sklearn.base import clone
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
-
-    from dask_shm_bridge.cuml.preprocessing import StandardScaler
 
     X, y = data
     twin = clone(logistic(C=3.0))
