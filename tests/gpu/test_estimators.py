@@ -8,14 +8,18 @@ what `to_local` brings back.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import sklearn.base
 from distributed import Client
 
 pytestmark = pytest.mark.gpu
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this file
 
 ROWS, FEATURES, CLASSES = 20_000, 16, 5
 
