@@ -87,7 +87,7 @@ def _fit(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     goes_on = old is not None and (
         name == "partial_fit" or bool(getattr(estimator, "warm_start", False))
     )
-    client = old.client() if old is not None and goes_on else clients.find(estimator._home)
+    client = old.client() if old is not None and goes_on else clients.any_client(estimator._home)
     arguments = Arguments(args, kwargs)
     arguments.compute(client)
     recipe = _recipe(entry["path"], entry, name, arguments, estimator)
@@ -150,7 +150,7 @@ def function(
     name: str = "",
 ) -> Any:
     """Call a function on a worker, or a method of a new instance of an estimator's class."""
-    client = clients.find(estimator._home if estimator is not None else None)
+    client = clients.any_client(estimator._home if estimator is not None else None)
     arguments = Arguments(args, kwargs)
     arguments.compute(client)
     recipe = _recipe(path, entry, name, arguments, estimator)

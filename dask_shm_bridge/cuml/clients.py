@@ -89,6 +89,18 @@ def current() -> Any:
         return None
 
 
+def any_client(home: Home | None = None) -> Any:
+    """Return the current client, whatever its scheduler; one of `home` where there is none.
+
+    Raises
+    ------
+    BridgeError
+        If there is neither.
+    """
+    client = current()
+    return client if client is not None else find(home)
+
+
 def find(home: Home | None = None) -> Any:
     """Return a client; of the scheduler `home` where one is given.
 

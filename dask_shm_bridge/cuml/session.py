@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -114,17 +115,17 @@ async def ship(client: Any, arguments: Arguments, worker: str | None, gpu: bool)
     large = [values[index] for index in arguments.large]
     if large:
         workers = await identity(client)
-        chosen = [worker] if worker in workers else _suitable(workers, gpu)
-        sent = await client.scatter(large, workers=chosen, hash=False, asynchronous=True)
+        # All to one worker: the call needs them in one place.
+        chosen = worker if worker in workers else random.choice(_suitable(workers, gpu))
+        sent = await client.scatter(large, workers=[chosen], hash=False, asynchronous=True)
         for index, future in zip(arguments.large, sent, strict=True):
             values[index] = future
     return values
 
 
-def _suitable(workers: dict[str, Any], gpu: bool) -> list[str] | None:
-    if not gpu:
-        return None
-    return [a for a, w in workers.items() if w.get("resources", {}).get("GPU", 0) > 0][:1]
+def _suitable(workers: dict[str, Any], gpu: bool) -> list[str]:
+    with_gpu = [a for a, w in workers.items() if w.get("resources", {}).get("GPU", 0) > 0]
+    return with_gpu if gpu and with_gpu else list(workers)
 
 
 async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[Any]:

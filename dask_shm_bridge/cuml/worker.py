@@ -156,7 +156,8 @@ class _Call:
                 self.output = "numpy"
 
     def __call__(self, function: Callable[..., Any], model: Any, output: str | None) -> Any:
-        with _numpy_out((self.output or output) is not None):
+        # Without an argument that tells, as in kneighbors(), the fit's input decides.
+        with _numpy_out((self.output or (output if self.first is None else None)) is not None):
             value = function(*self.args, **self.kwargs)
         if value is model:
             return None

@@ -310,6 +310,37 @@ def test_pickle_into_another_process(
     assert json.loads(said) == remote.predict(X).tolist()
 
 
+def test_processes_of_joblib(
+    client: Client, data: Any, fake_catalogue: Path, pool_config: dict[str, Any]
+) -> None:
+    from joblib import parallel_config
+    from joblib.externals.loky import get_reusable_executor
+    from sklearn.model_selection import cross_validate
+
+    X, y = data
+    with pytest.MonkeyPatch.context() as patch:
+        config = {**pool_config, "shm-bridge.cuml.catalogue": str(fake_catalogue)}
+        for name, value in environment(config).items():
+            patch.setenv(name, value)
+        try:
+            with parallel_config("loky"):
+                found = cross_validate(logistic(), X, y, cv=2, n_jobs=2, return_estimator=True)
+        finally:
+            get_reusable_executor().shutdown(wait=True)
+    assert min(found["test_score"]) > 0.9
+
+
+def test_estimators_come_back_from_tasks(client: Client, data: Any) -> None:
+    import joblib
+    from sklearn.model_selection import cross_validate
+
+    X, y = data
+    with joblib.parallel_config("dask", client=client):
+        found = cross_validate(logistic(), X, y, cv=2, n_jobs=2, return_estimator=True)
+    for estimator in found["estimator"]:
+        assert estimator.score(X, y) > 0.9
+
+
 def test_a_pickle_of_a_model_that_is_gone(client: Client, data: Any) -> None:
     with dask.config.set({"shm-bridge.cuml.keep-pickled": "0s"}):
         remote = logistic().fit(*data)
