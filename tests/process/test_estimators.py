@@ -27,7 +27,7 @@ from distributed import Client, Future
 
 from dask_shm_bridge.errors import BridgeError
 
-from .deployment import Deployment, MiB, measured, run
+from .deployment import Deployment, MiB, environment, measured, run
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,11 @@ def deployment(
     pool_config: dict[str, Any], fake_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
     """Start a scheduler, a worker that is said to have a GPU, and one without."""
-    config = {**pool_config, "shm-bridge.cuml.catalogue": str(fake_catalogue)}
+    config = {
+        **pool_config,
+        "shm-bridge.cuml.catalogue": str(fake_catalogue),
+        "shm-bridge.cuml.keep-pickled": "5s",
+    }
     folder = tmp_path_factory.mktemp("dask")
     with Deployment(folder, config, workers=0) as deployment:
         deployment.add_worker("gpu", ("--resources", "GPU=1"))
@@ -89,7 +93,7 @@ def no_key_left(client: Client) -> bool:
     return eventually(lambda: not keys_of(client))
 
 
-def eventually(condition: Any, timeout_s: float = 10.0) -> bool:
+def eventually(condition: Any, timeout_s: float = 20.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
