@@ -105,11 +105,16 @@ def differences(model: Any, copy: Any) -> list[str]:
     return lost
 
 
+def _on_host(value: Any) -> Any:
+    return value.get() if hasattr(value, "__cuda_array_interface__") else value
+
+
 def _alike(ours: Any, theirs: Any) -> bool:
     """Whether two values can be the same; what can't be compared is taken as such."""
-    if type(ours) is not type(theirs):
-        return False
     try:
+        if theirs is None:
+            return False
+        ours, theirs = _on_host(ours), _on_host(theirs)
         if getattr(ours, "shape", None) != getattr(theirs, "shape", None):
             return False
         if isinstance(ours, (bool, int, str, bytes)):

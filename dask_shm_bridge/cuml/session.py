@@ -129,18 +129,31 @@ def _suitable(workers: dict[str, Any], gpu: bool) -> list[str]:
 
 
 async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[Any]:
-    """Wait for results; cancel all of a call's tasks if the wait is given up."""
+    """Wait for results; cancel all of a call's tasks if the wait is given up.
+
+    Raises
+    ------
+    BridgeError
+        If what the tasks need is lost.
+    """
+    from distributed.client import FutureCancelledError, FuturesCancelledError
+
     try:
         return list(await client.gather(wanted, asynchronous=True))
     except asyncio.CancelledError:
         with contextlib.suppress(Exception):
             await client.cancel(futures, asynchronous=True, force=True)
         raise
-    except BaseException:
+    except BaseException as error:
         # The client keeps the error of each living Future, the error its traceback, and that the
         # frames with these Futures and with the estimator: nothing of it would ever be freed.
         for future in futures:
             future.release()
+        if isinstance(error, (FutureCancelledError, FuturesCancelledError)):
+            raise BridgeError(
+                "the model, or the data of this call, was lost with its worker, or was cancelled: "
+                f"fit the estimator again ({error})"
+            ) from None
         raise
 
 

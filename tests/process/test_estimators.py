@@ -25,6 +25,7 @@ import pytest
 import scipy.sparse
 from distributed import Client, Future
 
+from dask_shm_bridge.cuml import options
 from dask_shm_bridge.errors import BridgeError
 
 from .deployment import Deployment, MiB, environment, measured, run
@@ -389,8 +390,6 @@ def test_warnings_are_said_here(client: Client, data: Any) -> None:
 
 
 def test_timeout(client: Client, data: Any) -> None:
-    from dask_shm_bridge.cuml import options
-
     remote = odd(seconds=2.0)
     with options(timeout="200ms"), pytest.raises(TimeoutError, match="cancelled"):
         remote.fit(data[0])
@@ -495,8 +494,6 @@ def test_asynchronous_client(deployment: Deployment, data: Any) -> None:
                 assert await remote.fit(*data) is remote
                 return await remote.predict(data[0]), await remote.coef_
 
-    from dask_shm_bridge.cuml import options
-
     labels, coefficients = asyncio.run(work())
     local = local_logistic().fit(*data)
     np.testing.assert_array_equal(labels, local.predict(data[0]))
@@ -545,3 +542,21 @@ def test_the_scheduler_never_imports_cuml(client: Client, data: Any) -> None:
     assert "cuml" not in sys.modules
     at = client.run(lambda: "cuml" in sys.modules)
     assert sorted(at.values()) == [False, True]
+
+
+def test_a_worker_that_dies_with_its_model(
+    pool_config: dict[str, Any], fake_catalogue: Path, tmp_path: Path
+) -> None:
+    config = {**pool_config, "shm-bridge.cuml.catalogue": str(fake_catalogue)}
+    with Deployment(tmp_path, config, workers=0) as deployment:
+        worker = deployment.add_worker("gpu", ("--resources", "GPU=1"))
+        with deployment.client() as client, options(client=client, timeout="30s"):
+            remote = remote_pca(n_components=2).fit(np.random.default_rng(0).random((20_000, 8)))
+            deployment.add_worker("other", ("--resources", "GPU=1"))
+            client.wait_for_workers(2, timeout=60)
+            worker.kill()
+            worker.wait(10)
+            deployment.processes.remove(worker)
+            with pytest.raises(BridgeError, match="fit the estimator again"):
+                remote.transform(np.ones((4, 8)))
+            del remote
