@@ -14,17 +14,19 @@ __version__ = "0.1.0"
 _config.register_defaults()
 
 if TYPE_CHECKING:
+    from dask_shm_bridge.callables import remote
     from dask_shm_bridge.cuda.transfer import to_device
     from dask_shm_bridge.plugins import enable
     from dask_shm_bridge.statistics import stats
 
 _LAZY = {
     "enable": "dask_shm_bridge.plugins",
+    "remote": "dask_shm_bridge.callables",
     "stats": "dask_shm_bridge.statistics",
     "to_device": "dask_shm_bridge.cuda.transfer",
 }
 
-__all__ = ["__version__", "enable", "stats", "to_device"]
+__all__ = ["__version__", "enable", "remote", "stats", "to_device"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,12 +58,14 @@ def locate(path: str) -> Any:
         If there is no such module or name.
     """
     parts = path.split(".")
+    missing = path
     for split in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:split])
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is not None and (module + ".").startswith(error.name + "."):
+                missing = error.name
                 continue
             raise
         try:
@@ -72,7 +74,7 @@ def locate(path: str) -> Any:
         except AttributeError:
             break
         return found
-    raise ImportError(f"there is no {path!r} here", name=parts[0])
+    raise ImportError(f"there is no {path!r} here", name=missing)
 
 
 def encode(value: Any) -> Any:
@@ -175,7 +177,9 @@ def _counterpart(path: str, target: Any) -> str | None:
 def _init_parameters(cls: type, instance: Any) -> list[Entry]:
     """Return the parameters of a class, from `get_params` where its signature hides them."""
     found = [
-        p for p in parameters(cls.__init__, own=True) if not p.get("kind", "").startswith("var")
+        p
+        for p in parameters(_entry_point(cls), own=True)
+        if not p.get("kind", "").startswith("var")
     ]
     known = {p["name"] for p in found}
     values = instance.get_params(deep=False) if hasattr(instance, "get_params") else {}
@@ -215,7 +219,7 @@ def translation(target: Any, counterpart: str | None, names: list[str], instance
 
 
 def _entry_point(target: Any) -> Any:
-    return target.__init__ if isinstance(target, type) else target
+    return getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
 
 
 def describe_class(path: str, cls: type) -> Entry:

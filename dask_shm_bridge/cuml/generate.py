@@ -48,7 +48,10 @@ def _modules(
 def _public(module: ModuleType, root: str) -> Iterator[tuple[str, Any]]:
     listed = getattr(module, "__all__", None)
     for name in sorted(listed if listed is not None else vars(module)):
-        value = getattr(module, name, None)
+        try:
+            value = getattr(module, name, None)
+        except Exception:  # a name that is there to say why it isn't
+            continue
         if name.startswith("_") or value is None or inspect.ismodule(value) or not callable(value):
             continue
         home = str(getattr(value, "__module__", "") or "")

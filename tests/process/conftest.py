@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import dask
 import pytest
 from distributed import Client
 
-from .deployment import Deployment, private_pool
+from .deployment import Deployment, environment, private_pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,3 +72,36 @@ def client(deployment: Deployment) -> Iterator[Client]:
 def workers(client: Client) -> list[str]:
     """Addresses of the workers."""
     return sorted(client.scheduler_info(n_workers=-1)["workers"])
+
+
+FAKE = Path(__file__).resolve().parents[1] / "fake_cuml"
+
+
+@pytest.fixture(scope="module")
+def fake_path() -> Iterator[str]:
+    """Give children the fake cuML; this process does not have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = os.environ.get("PYTHONPATH")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FAKE), before])))
+        yield str(FAKE)
+
+
+@pytest.fixture(scope="module")
+def fake_catalogue(fake_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Describe the fake cuML."""
+    path = tmp_path_factory.mktemp("catalogue") / "fake.json"
+    subprocess.run(
+        [sys.executable, "-m", "dask_shm_bridge.cuml.generate", "-o", str(path)],
+        env=environment({}),
+        check=True,
+        timeout=100,
+        capture_output=True,
+    )
+    yield path
+
+
+@pytest.fixture
+def catalogue(fake_catalogue: Path) -> Iterator[Path]:
+    """Use that description in this test."""
+    with dask.config.set({"shm-bridge.cuml.catalogue": str(fake_catalogue)}):
+        yield fake_catalogue

@@ -1,5 +1,6 @@
 """Classes that scikit-learn has no counterpart of, and that do what a test needs."""
 
+import os
 import time
 import warnings
 
@@ -29,7 +30,7 @@ class Odd(BaseEstimator):
         return self
 
     def predict(self, X):
-        return np.zeros(len(X))
+        return np.full(len(X), os.getpid())
 
 
 class Forgetful(BaseEstimator):
@@ -41,6 +42,9 @@ class Forgetful(BaseEstimator):
 
     def predict(self, X):
         return np.full(len(X), self.mean_)
+
+    def as_sklearn(self):
+        return self
 
     def __getstate__(self):
         return {}

@@ -2,7 +2,7 @@ import sklearn.neighbors
 
 from cuml.internals import wrapped
 
-__all__ = ["NearestNeighbors", "KNeighborsClassifier"]
+__all__ = ["KNeighborsClassifier", "NearestNeighbors"]
 
 NearestNeighbors = wrapped(sklearn.neighbors.NearestNeighbors, __name__)
 KNeighborsClassifier = wrapped(sklearn.neighbors.KNeighborsClassifier, __name__)

@@ -1,0 +1,233 @@
+"""Sends calls to a worker and waits for them: the client's half, apart from classes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from dask_shm_bridge import config, counters
+from dask_shm_bridge.cuml import clients, warned
+from dask_shm_bridge.cuml import worker as tasks
+from dask_shm_bridge.cuml.outcome import Outcome, held_here
+from dask_shm_bridge.cuml.packing import Arguments, Packed
+from dask_shm_bridge.errors import BridgeError
+
+# Says on which workers a task may run, never how many: a task may wait for another of its kind.
+GPU_SHARE = {"GPU": 2**-20}
+
+
+def run(client: Any, function: Callable[[], Awaitable[Any]], stacklevel: int = 3) -> Any:
+    """Run a coroutine function for a call of the user's, with the time limit of `clients.options`.
+
+    Returns its result, or for an asynchronous client an awaitable of it. Past the time limit, or
+    at Ctrl-C, the coroutine is cancelled, and with it the tasks that it waits for.
+    """
+    limit = clients.timeout()
+
+    async def limited() -> Any:
+        if limit is None:
+            return await function()
+        try:
+            return await asyncio.wait_for(function(), limit)
+        except TimeoutError:
+            raise TimeoutError(
+                f"not done after {limit:g} s; the remote task was cancelled"
+            ) from None
+
+    if client.asynchronous:
+        return limited()
+
+    async def quiet() -> Any:
+        try:
+            return await limited()
+        except asyncio.CancelledError:  # by Ctrl-C, which the user sees as what it is
+            raise BridgeError("the call was cancelled") from None
+
+    with clients.seceded():
+        return client.sync(quiet)
+
+
+def task(name: str, gpu: bool) -> Callable[..., Any]:
+    """Return a function of `worker`, marked for placement where it needs the GPU."""
+    return tasks.OnGpu(name) if gpu else getattr(tasks, name)
+
+
+def submit(client: Any, name: str, gpu: bool, label: str, *args: Any) -> Any:
+    """Submit a task of `worker`, to GPU workers only if it needs one."""
+    return client.submit(
+        task(name, gpu),
+        *args,
+        key=f"{label}-{name}-{uuid.uuid4().hex}",
+        pure=False,
+        resources=GPU_SHARE if gpu else None,
+    )
+
+
+async def identity(client: Any) -> dict[str, Any]:
+    """Return the scheduler's workers by address, once there is one."""
+    while True:
+        found = await client.scheduler.identity(n_workers=-1)
+        if found["workers"]:
+            return dict(found["workers"])
+        await asyncio.sleep(0.1)
+
+
+async def has_gpu(client: Any, path: str, counterpart: bool) -> bool:
+    """Whether a worker has a GPU.
+
+    Raises
+    ------
+    BridgeError
+        If none has, and ``shm-bridge.cuml.fallback`` is false or there is nothing else to run.
+    """
+    workers = await identity(client)
+    if any(w.get("resources", {}).get("GPU", 0) > 0 for w in workers.values()):
+        return True
+    if not config.get("cuml.fallback"):
+        raise BridgeError(
+            f"{path} needs a GPU, and no worker has the resource GPU: start one with "
+            "--resources GPU=1, or set shm-bridge.cuml.fallback to true"
+        )
+    if not counterpart:
+        raise BridgeError(
+            f"{path} needs a GPU, and no worker has the resource GPU: scikit-learn has no "
+            "counterpart that a CPU worker could run. Start a worker with --resources GPU=1"
+        )
+    counters.fallback("no-gpu-worker")
+    counters.explain(
+        "no-gpu-worker",
+        f"no worker has a GPU: {path} and the like run as scikit-learn's on a CPU worker",
+    )
+    return False
+
+
+async def ship(client: Any, arguments: Arguments, worker: str | None, gpu: bool) -> list[Any]:
+    """Scatter the large arguments, and return all of the task's own.
+
+    A task's definition lives as long as its result. If it held the data, a model would keep its
+    training data in the scheduler.
+    """
+    values = list(arguments.values)
+    large = [values[index] for index in arguments.large]
+    if large:
+        workers = await identity(client)
+        # All to one worker: the call needs them in one place.
+        chosen = worker if worker in workers else random.choice(_suitable(workers, gpu))
+        sent = await client.scatter(large, workers=[chosen], hash=False, asynchronous=True)
+        for index, future in zip(arguments.large, sent, strict=True):
+            values[index] = future
+    return values
+
+
+def _suitable(workers: dict[str, Any], gpu: bool) -> list[str]:
+    with_gpu = [a for a, w in workers.items() if w.get("resources", {}).get("GPU", 0) > 0]
+    return with_gpu if gpu and with_gpu else list(workers)
+
+
+async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[Any]:
+    """Wait for results; cancel all of a call's tasks if the wait is given up.
+
+    Raises
+    ------
+    BridgeError
+        If what the tasks need is lost.
+    """
+    from distributed.client import FutureCancelledError, FuturesCancelledError
+
+    try:
+        return list(await client.gather(wanted, asynchronous=True))
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            await client.cancel(futures, asynchronous=True, force=True)
+        raise
+    except BaseException as error:
+        # The client keeps the error of each living Future, the error its traceback, and that the
+        # frames with these Futures and with the estimator: nothing of it would ever be freed.
+        for future in futures:
+            future.release()
+        if isinstance(error, (FutureCancelledError, FuturesCancelledError)):
+            raise BridgeError(
+                "the model, or the data of this call, was lost with its worker, or was cancelled: "
+                f"fit the estimator again ({error})"
+            ) from None
+        raise
+
+
+def received(result: Outcome, path: str, version: str) -> Any:
+    """Return an outcome's value, once its warnings and conversions are said again here."""
+    for library in result.converted:
+        counters.explain(
+            f"no-{library}",
+            f"{library} is not installed here: its results come as NumPy or pandas",
+        )
+    if result.version is not None and version not in ("", result.version):
+        counters.explain(
+            "cuml-version",
+            f"the worker has cuML {result.version}, and this catalogue describes {version}: "
+            "parameters and defaults may differ (shm-bridge.cuml.catalogue names another)",
+        )
+    warned.say_again(result.warned, stacklevel=2)
+    return result.value
+
+
+async def fit(
+    client: Any, recipe: Any, arguments: Arguments, old: Any, worker: str | None
+) -> tuple[Any, Outcome, Any]:
+    """Fit a model; return its Future, what came of it, and a Future of what the method gave.
+
+    The last is None unless an argument came as a Future or a dask collection.
+    """
+    label = recipe.path.rpartition(".")[2]
+    values = await ship(client, arguments, worker, recipe.gpu)
+    pair = submit(client, "fit", recipe.gpu, label, Packed(recipe), old, *values)
+    model = submit(client, "model_of", recipe.gpu, label, pair)
+    remote = (arguments.futures or arguments.collections) and recipe.method != "fit"
+    futures = [pair, model]
+    if remote:
+        value = submit(client, "value_of", recipe.gpu, label, pair)
+        summary = submit(client, "summary_of", recipe.gpu, label, pair)
+        futures += [value, summary]
+    else:
+        value = None
+        summary = submit(client, "outcome_of", recipe.gpu, label, pair)
+        futures.append(summary)
+    (result,) = await finished(client, futures, [summary])
+    return model, result, value
+
+
+async def call(
+    client: Any, recipe: Any, arguments: Arguments, model: Any, worker: str | None
+) -> Outcome:
+    """Call a method or function, and return its outcome."""
+    label = recipe.path.rpartition(".")[2]
+    values = await ship(client, arguments, worker, recipe.gpu)
+    future = submit(client, "call", recipe.gpu, label, Packed(recipe), model, *values)
+    (result,) = await finished(client, [future], [future])
+    return result  # type: ignore[no-any-return]
+
+
+def later(client: Any, recipe: Any, arguments: Arguments, model: Any) -> Any:
+    """Call a method of which an argument is a Future; return a Future of the value."""
+    label = recipe.path.rpartition(".")[2]
+    values = list(arguments.values)
+    future = submit(client, "call", recipe.gpu, label, Packed(recipe), model, *values)
+    return submit(client, "value_of", recipe.gpu, label, future)
+
+
+async def attribute(client: Any, model: Any, gpu: bool, name: str) -> Outcome:
+    """Fetch a fitted attribute."""
+    future = submit(client, "attribute", gpu, "model", model, name, held_here())
+    (result,) = await finished(client, [future], [future])
+    return result  # type: ignore[no-any-return]
+
+
+async def describe(client: Any, path: str) -> dict[str, Any]:
+    """Let a GPU worker describe what cuML has under a name."""
+    await has_gpu(client, path, counterpart=False)
+    future = submit(client, "describe_path", True, "cuml", path)
+    (result,) = await finished(client, [future], [future])
+    return result  # type: ignore[no-any-return]

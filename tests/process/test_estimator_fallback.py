@@ -1,0 +1,198 @@
+"""Remote estimators where no worker has a GPU: scikit-learn's classes on a CPU worker."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client
+
+from dask_shm_bridge import counters, remote
+from dask_shm_bridge.errors import BridgeError
+
+
+@pytest.fixture(scope="module")
+def deployment_options() -> dict[str, Any]:
+    return {"workers": 1}
+
+
+@pytest.fixture
+def data() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    centres = random.normal(0, 8, (4, 6))
+    y = random.integers(0, 4, 400)
+    return centres[y] + random.normal(0, 1, (400, 6)), y
+
+
+def test_the_shipped_catalogue_has_what_is_promised() -> None:
+    from dask_shm_bridge.cuml import catalogue
+
+    shipped = catalogue.current()
+    assert shipped.version.startswith("26.10")
+    for path in (
+        "cluster.KMeans",
+        "cluster.DBSCAN",
+        "decomposition.PCA",
+        "ensemble.RandomForestClassifier",
+        "ensemble.RandomForestRegressor",
+        "linear_model.LogisticRegression",
+        "linear_model.Ridge",
+        "manifold.UMAP",
+        "neighbors.NearestNeighbors",
+        "metrics.accuracy_score",
+    ):
+        entry = shipped.find(f"cuml.{path}")
+        assert entry is not None, path
+        assert entry["parameters"], path
+
+
+def test_scikit_learn_does_it_and_that_is_said_once(
+    client: Client, data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    import sklearn.cluster
+    from dask_shm_bridge.cuml.cluster import KMeans
+
+    X, _ = data
+    counters._said.discard("no-gpu-worker")
+    with caplog.at_level(logging.WARNING, "dask_shm_bridge"):
+        first = KMeans(n_clusters=4, random_state=0, n_init=2).fit(X)
+        KMeans(n_clusters=4, random_state=0, n_init=2).fit(X)
+    assert len([r for r in caplog.records if "no worker has a GPU" in r.message]) == 1
+    local = sklearn.cluster.KMeans(n_clusters=4, random_state=0, n_init=2).fit(X)
+    np.testing.assert_array_equal(first.predict(X), local.predict(X))
+    assert isinstance(first.to_local(), sklearn.cluster.KMeans)
+
+
+def test_what_goes_in_decides_what_comes_out(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.decomposition import PCA
+    from dask_shm_bridge.cuml.linear_model import Ridge
+
+    X, y = data
+    frame = pd.DataFrame(X, columns=list("abcdef"), index=np.arange(400) * 2)
+    Z = PCA(n_components=2).fit_transform(frame)
+    assert isinstance(Z, pd.DataFrame)
+    assert Z.index.equals(frame.index)
+    predicted = Ridge().fit(frame, y).predict(frame)
+    assert isinstance(predicted, pd.Series)
+    assert predicted.index.equals(frame.index)
+    assert isinstance(Ridge().fit(X, y).predict(X), np.ndarray)
+    as_asked = Ridge(output_type="numpy").fit(frame, y).predict(frame)
+    assert isinstance(as_asked, np.ndarray)
+
+
+def test_parameters_that_only_cuml_has(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.ensemble import RandomForestClassifier
+
+    X, y = data
+    fitted = RandomForestClassifier(n_estimators=5, random_state=0).fit(X, y)
+    assert fitted.to_local().max_depth == 16  # cuML's default, as it would be on a GPU
+    with pytest.raises(ValueError, match=r"n_streams=1.*leave them at their defaults"):
+        RandomForestClassifier(n_streams=1).fit(X, y)
+    with pytest.raises(ValueError, match="output_type='cupy'"):
+        RandomForestClassifier(output_type="cupy").fit(X, y)
+
+
+def test_a_counterpart_that_is_not_there(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.manifold import UMAP
+
+    with pytest.raises(BridgeError, match=r"umap.*install umap"):
+        UMAP().fit(data[0])
+
+
+def test_a_class_without_a_counterpart(client: Client, data: Any, tmp_path: Path) -> None:
+    import json
+
+    from dask_shm_bridge.cuml import catalogue
+
+    content = json.loads(catalogue.SHIPPED.read_text())
+    content["classes"]["cuml.cluster.KMeans"]["counterpart"] = None
+    content["version"] = "without"
+    path = tmp_path / "catalogue.json"
+    path.write_text(json.dumps(content))
+    with dask.config.set({"shm-bridge.cuml.catalogue": str(path)}):
+        from dask_shm_bridge.cuml import cluster
+
+        with pytest.raises(BridgeError, match=r"KMeans needs a GPU.*no counterpart"):
+            cluster.KMeans().fit(data[0])
+
+
+def test_no_fallback_if_so_configured(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.cluster import KMeans
+
+    with (
+        dask.config.set({"shm-bridge.cuml.fallback": False}),
+        pytest.raises(BridgeError, match="needs a GPU"),
+    ):
+        KMeans().fit(data[0])
+
+
+def test_remote_functions(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.metrics import accuracy_score
+
+    _, y = data
+    assert accuracy_score(y, y, normalize=True) == 1.0
+    named = remote("cuml.metrics.accuracy_score")
+    assert named.__shm_bridge_gpu__
+    assert client.submit(named, y, y).result() == 1.0
+    assert pickle.loads(pickle.dumps(accuracy_score))(y, 3 - y) < 1.0
+    with pytest.raises(BridgeError, match="no counterpart"):
+        remote("cuml.metrics.no_such_score")(y, y)
+    with pytest.raises(ValueError, match="dotted path"):
+        remote("accuracy")
+
+
+# ------------------------------------------------------------------------ check_estimator
+
+# (name, parameters of both): cuML's class by its scikit-learn counterpart.
+CHECKED = [
+    ("cluster.KMeans", {"n_init": 1, "max_iter": 20}),
+    ("cluster.DBSCAN", {}),
+    ("decomposition.PCA", {}),
+    ("linear_model.LogisticRegression", {"max_iter": 50}),
+    ("linear_model.Ridge", {}),
+    ("ensemble.RandomForestClassifier", {"n_estimators": 3}),
+    ("neighbors.NearestNeighbors", {}),
+]
+
+# Checks that the proxy fails and the local class passes, each with its reason.
+EXCEPTIONS: dict[str, dict[str, str]] = {}
+
+
+def outcomes(estimator: Any) -> dict[str, str]:
+    from sklearn.exceptions import SkipTestWarning
+    from sklearn.utils.estimator_checks import check_estimator
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkipTestWarning)
+        results = check_estimator(estimator, on_fail=None, on_skip=None)
+    found: dict[str, str] = {}
+    for result in results:
+        name, status = result["check_name"], result["status"]
+        if found.get(name) != "failed":
+            found[name] = status if status == "passed" else f"{status}"
+            if status == "failed":
+                print(name, repr(result["exception"])[:400])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "params"), CHECKED, ids=[name for name, _ in CHECKED])
+def test_check_estimator(
+    client: Client, catalogue: Path, name: str, params: dict[str, Any]
+) -> None:
+    # The catalogue of the fake has scikit-learn's parameters and tags, so both run the same checks.
+    from dask_shm_bridge.cuml import describe, proxy
+
+    local = describe.locate(f"sklearn.{name}")
+    ours = outcomes(proxy.class_of(f"cuml.{name}")(**params))
+    theirs = outcomes(local(**params))
+    failed = {check for check, status in ours.items() if status == "failed"}
+    failed_there = {check for check, status in theirs.items() if status == "failed"}
+    assert failed - failed_there == set(EXCEPTIONS.get(name, {}))
