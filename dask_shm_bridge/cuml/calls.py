@@ -10,7 +10,7 @@ from dask_shm_bridge.cuml.bases import not_fitted, requires_fit
 from dask_shm_bridge.cuml.model import Model
 from dask_shm_bridge.cuml.outcome import LIBRARIES, held_here
 from dask_shm_bridge.cuml.packing import Arguments
-from dask_shm_bridge.cuml.worker import Recipe
+from dask_shm_bridge.cuml.recipe import Recipe
 
 # What the fallback needs of a catalogue entry; the rest stays on the client.
 FALLBACK_FIELDS = ("counterpart", "defaults")

@@ -62,9 +62,12 @@ def timeout() -> float | None:
 
 
 def remember(home: Home | None) -> None:
-    """Make a home the one to connect to where this process has no client at all."""
+    """Make a home the one to connect to, if this process has no client of its own.
+
+    In a process of joblib's, say, clones of an estimator that came there know no home.
+    """
     global _last_home
-    if home is not None:
+    if home is not None and current() is None:
         _last_home = home
 
 
