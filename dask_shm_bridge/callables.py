@@ -10,6 +10,7 @@ class Remote:
 
     # The scheduler's placement reads it: what is named here belongs on the GPU worker.
     __shm_bridge_gpu__ = True
+    __shm_bridge_falls_back__ = True  # where there is none, it need not wait for one
 
     def __init__(self, path: str) -> None:
         if not all(part.isidentifier() for part in path.split(".")) or "." not in path:

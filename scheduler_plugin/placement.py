@@ -27,6 +27,7 @@ from dask._task_spec import Alias, DataNode, Task, TaskRef
 
 ANNOTATION = "shm_bridge_gpu"  # dask.annotate(shm_bridge_gpu=True), or False
 MARKER = "__shm_bridge_gpu__"  # an attribute of a callable or of its class
+FALLS_BACK = "__shm_bridge_falls_back__"
 
 MAX_LOOKED = 1000  # objects of a task
 MAX_ITEMS = 64  # of a list, which is data more often than not
@@ -39,6 +40,8 @@ _PLAIN = frozenset(
 # Their functions name GPU packages only to support them, and are no use of one.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     *("dask", "distributed", "toolz", "tlz", "cloudpickle", "joblib", "fsspec", "tornado"),
+    # Our own tasks say themselves, by the marker, when they need one.
+    *("dask_shm_bridge", "scheduler_plugin"),
     *("numpy", "scipy", "pandas", "pyarrow", "sklearn", "xarray", "numba", "zarr"),
 }
 _OPAQUE = frozenset({"numpy", "scipy", "pandas", "pyarrow", "dask", "distributed", "builtins"})

@@ -27,7 +27,7 @@ from distributed.protocol import pickle
 
 from dask_shm_bridge.config import PlacementSettings
 from dask_shm_bridge.errors import NoGpuWorkerError
-from scheduler_plugin.placement import ANNOTATION, Placement
+from scheduler_plugin.placement import ANNOTATION, FALLS_BACK, Placement
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler, TaskState
@@ -73,7 +73,8 @@ class Placer:
         asked = ts.annotations.get(ANNOTATION) if ts.annotations else None
         if not (self._needs_gpu(ts) if asked is None else asked):
             return False
-        return self.no_gpu != "cpu" or not self.scheduler.workers or self.has_gpu()
+        anywhere = self.no_gpu == "cpu" or _falls_back(ts.run_spec)
+        return not anywhere or not self.scheduler.workers or self.has_gpu()
 
     def _needs_gpu(self, ts: TaskState) -> bool:
         names_gpu = self.placement.names_gpu
@@ -205,3 +206,8 @@ class Placer:
                 )
             )
         self.scheduler.transitions(onwards, stimulus_id)
+
+
+def _falls_back(run_spec: Any) -> bool:
+    """Say whether what a task calls does something else where there is no GPU, by itself."""
+    return getattr(type(getattr(run_spec, "func", None)), FALLS_BACK, None) is True

@@ -92,7 +92,9 @@ def test_parameters_that_only_cuml_has(client: Client, data: Any) -> None:
 
     X, y = data
     fitted = RandomForestClassifier(n_estimators=5, random_state=0).fit(X, y)
-    assert fitted.to_local().max_depth == 16  # cuML's default, as it would be on a GPU
+    assert fitted.to_local().max_depth is None
+    # cuML's default, as it would be on a GPU; scikit-learn's is None.
+    assert fitted.to_local().max_samples == 1.0
     with pytest.raises(ValueError, match=r"n_streams=1.*leave them at their defaults"):
         RandomForestClassifier(n_streams=1).fit(X, y)
     with pytest.raises(ValueError, match="output_type='cupy'"):
