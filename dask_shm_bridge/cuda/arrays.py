@@ -46,10 +46,10 @@ def install() -> None:
     """Register for CuPy arrays, now or when CuPy is first met. May be called again."""
     if "distributed.protocol.cupy" in sys.modules:
         _register()
-        return
-    for dispatch in (dask_serialize, dask_deserialize):
-        for module in ("cupy", "cupyx"):
-            dispatch.register_lazy(module)(_register)
+    else:
+        for dispatch in (dask_serialize, dask_deserialize):
+            for module in ("cupy", "cupyx"):
+                dispatch.register_lazy(module)(_register)
     if runtime.has_cupy():
         # Clients pickle graphs before a comm sees them.
         register_serialization_family("pickle", _pickle_dumps, pickle_loads)
@@ -63,25 +63,28 @@ def _register() -> None:
     import distributed.protocol.cupy  # noqa: F401  (its own registrations first)
 
     dask_serialize.register(cupy.ndarray)(serialize)
-    dask_deserialize.register(cupy.ndarray)(deserialize)
+    # Dask's own pickler puts what is registered here into its pickles.
+    dask_deserialize.register(cupy.ndarray)(_Anywhere())
 
 
 @contextlib.contextmanager
 def pickling() -> Iterator[None]:
     """Have CuPy arrays that are pickled in this context take the way through the pool."""
-    cupy = sys.modules.get("cupy")
-    if cupy is None:
+    # Another thread may be importing CuPy just now: then there is no array yet.
+    kind = getattr(sys.modules.get("cupy"), "ndarray", None)
+    if kind is None:
         yield
         return
-    present = copyreg.dispatch_table.get(cupy.ndarray)
+    present = copyreg.dispatch_table.get(kind)
     if present is not _reduce:  # cuML sets its own when it is imported
         _others[0] = present
-        copyreg.pickle(cupy.ndarray, _reduce)
+        copyreg.pickle(kind, _reduce)
     token = _pickling.set(True)
     try:
         yield
     finally:
-        _pickling.reset(token)
+        with contextlib.suppress(ValueError):  # a coroutine may be closed in another context
+            _pickling.reset(token)
 
 
 # ----------------------------------------------------------------------------- serialization
@@ -106,11 +109,12 @@ def _frame(x: Any, shared: bool) -> memoryview:
         pointer, nbytes = int(x.data.ptr), int(x.nbytes)
         joined = pool.attached() if shared and nbytes >= GRAIN_BYTES else None
         if joined is not None:
-            device = x.device
+            # The copy runs on another thread, which has a device and a current stream of its own.
+            device, stream = x.device, transfer.ordered_stream()
 
             def fill(grant: Grant) -> None:
-                with device:  # on another thread, which has a device of its own
-                    transfer.copy_from(joined, grant, pointer)
+                with device:
+                    transfer.copy_from(joined, grant, pointer, stream)
 
             view = joined.place(nbytes, fill)
             if view is not None:
@@ -195,8 +199,8 @@ class _Bytes:
 class _Anywhere:
     """What a pickled array is built by: `rebuild`, also in processes without this package."""
 
-    def __call__(self, header: dict[str, Any], frame: Any) -> Any:
-        return rebuild(header, frame)
+    def __call__(self, header: dict[str, Any], frames: Any) -> Any:
+        return rebuild(header, frames)
 
     def __reduce__(self) -> Any:
         return cloudpickle.loads, (_by_value(),)
@@ -204,20 +208,22 @@ class _Anywhere:
 
 @cache
 def _by_value() -> bytes:
-    def build(header: dict[str, Any], frame: Any) -> Any:
+    def build(header: dict[str, Any], frames: Any) -> Any:
         try:
             from dask_shm_bridge.cuda.arrays import rebuild
         except ImportError:
             import cupy
             import numpy
 
+            frame = frames[0] if isinstance(frames, (list, tuple)) else frames
             host = numpy.ndarray(
                 tuple(header["shape"]), header["typestr"], frame, strides=tuple(header["strides"])
             )
             return cupy.asarray(host)
-        return rebuild(header, frame)
+        return rebuild(header, frames)
 
-    build.__module__ = "__main__"
+    # No module, so that it goes by value; and not the main one: Dask would pickle everything again.
+    build.__module__ = "nowhere"
     code: bytes = cloudpickle.dumps(build)
     return code
 
@@ -226,10 +232,11 @@ def _plain(header: dict[str, Any]) -> dict[str, Any]:
     return {name: header[name] for name in ("shape", "typestr", "strides")}
 
 
-def rebuild(header: dict[str, Any], frame: Any) -> Any:
-    """Build a pickled CuPy array: on the device, as NumPy, or, in a scheduler, as a stand-in."""
+def rebuild(header: dict[str, Any], frames: Any) -> Any:
+    """Build an array of its frame: on the device, as NumPy, or, in a scheduler, as a stand-in."""
+    (frame,) = frames if isinstance(frames, (list, tuple)) else (frames,)
     if _is_scheduler():
-        return StandIn(header, frame)
+        return StandIn(_plain(header), frame)
     return deserialize(header, [frame])
 
 
