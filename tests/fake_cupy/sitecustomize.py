@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import sys
 from typing import Any
 
@@ -26,3 +27,5 @@ class _Finder:
 
 
 sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+if os.environ.get("FAKE_CUPY_STOCK"):
+    sys.modules["dask_shm_bridge"] = None  # type: ignore[assignment]  # as if not installed
