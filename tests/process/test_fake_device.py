@@ -22,6 +22,7 @@ from conftest import eventually
 from distributed import Client, wait
 
 import dask_shm_bridge
+from dask_shm_bridge import pool
 
 from . import device_tasks as tasks
 from . import stock_device_tasks
@@ -64,7 +65,8 @@ def nothing_is_left(request: pytest.FixtureRequest, cupy: Any) -> Iterator[None]
         client = request.getfixturevalue("client")
         assert set(map(tuple, client.run(tasks.well).values())) == {()}
         counts = usage(extent=0, lease=0, ticket=0)
-        assert (counts["extent"], counts["lease"], counts["ticket"]) == (0, 0, 0), counts
+        left = (counts["extent"], counts["lease"], counts["ticket"])
+        assert left == (0, 0, 0), (counts, pool.attached().ledger.members())
 
 
 def device(client: Client) -> dict[str, Any]:
