@@ -237,7 +237,13 @@ def rebuild(header: dict[str, Any], frames: Any) -> Any:
     (frame,) = frames if isinstance(frames, (list, tuple)) else (frames,)
     if _is_scheduler():
         return StandIn(_plain(header), frame)
-    return deserialize(header, [frame])
+    try:
+        return deserialize(header, [frame])
+    except Exception as error:
+        if not _is_worker():
+            raise
+        counters.explain("unplaced", f"a CuPy array could not be put on the GPU: {error!r}")
+        return Unplaced(_plain(header), frame, error)
 
 
 class StandIn:
@@ -271,6 +277,37 @@ class StandIn:
 
     def __repr__(self) -> str:
         return f"<StandIn of a CuPy array of shape {tuple(self.header['shape'])}>"
+
+
+class Unplaced(StandIn):
+    """An array that a worker could not put on its device: passed on as it is, used an error.
+
+    Dask reads graphs from a stream whose errors close the worker, and gives the task to the next.
+    """
+
+    def __init__(self, header: dict[str, Any], frame: Any, error: Exception) -> None:
+        super().__init__(header, frame)
+        self._error = error.with_traceback(None)  # its frames have device memory
+
+    def _used(self, *args: Any, **kwargs: Any) -> Any:
+        raise BridgeError(
+            f"a CuPy array could not be put on the GPU of this worker: {self._error!r}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and not name.endswith("array_interface__"):
+            raise AttributeError(name)
+        return self._used()
+
+    __array__ = __len__ = __iter__ = __getitem__ = __setitem__ = _used
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _used
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __pow__ = _used
+    __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = __array_ufunc__ = _used
+
+
+def _is_worker() -> bool:
+    worker = sys.modules.get("distributed.worker")
+    return worker is not None and bool(len(worker.Worker._instances))
 
 
 def _is_scheduler() -> bool:

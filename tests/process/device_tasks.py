@@ -75,6 +75,14 @@ def summed(x: Any) -> int:
     return int(cupy.asarray(x).sum())
 
 
+def passed(x: Any) -> Any:
+    return x
+
+
+def total(x: Any) -> int:
+    return int(x.sum())
+
+
 def kind(x: Any) -> str:
     return type(x).__module__
 

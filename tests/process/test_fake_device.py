@@ -23,6 +23,7 @@ from distributed import Client, wait
 
 import dask_shm_bridge
 from dask_shm_bridge import pool
+from dask_shm_bridge.errors import BridgeError
 
 from . import device_tasks as tasks
 from . import stock_device_tasks
@@ -298,6 +299,61 @@ def test_error_while_the_device_writes(client: Client, make: Any) -> None:
     client.run(tasks.well)
     again = client.submit(make, SIZE, 12, pure=False).result(60)
     assert (tasks.checked if make is tasks.device_numbers else tasks.checked_box)(again, 12)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_argument_that_can_not_be_put_on_the_device(
+    client: Client, cupy: Any, nested: bool
+) -> None:
+    x = cupy.asarray(tasks.numbers(SIZE, 16))
+    client.run(tasks.fail, tasks.TO_DEVICE)
+    future = client.submit(tasks.summed, x, pure=False)
+    with pytest.raises(BridgeError, match=r"could not be put on the GPU.*700"):
+        future.result(60)  # and the worker lives
+    future.release()
+    future = client.submit(tasks.total, x, pure=False)
+    with pytest.raises(BridgeError, match=r"could not be put on the GPU.*700"):
+        future.result(60)
+    future.release()
+    back = client.submit(tasks.passed, [x] if nested else x, pure=False).result(60)
+    np.testing.assert_array_equal((back[0] if nested else back).get(), x.get())
+    client.run(tasks.well)
+    for function in (tasks.summed, tasks.total):
+        assert client.submit(function, x, pure=False).result(60) == x.get().sum()
+
+
+@pytest.mark.parametrize("no_device", ["numpy", "error"])
+def test_worker_without_a_device(
+    deployment: Deployment,
+    client: Client,
+    cupy: Any,
+    pool_config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    no_device: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = {**pool_config, "shm-bridge.cuda.no-device": no_device}
+    process = deployment.add_worker("cpu", config=config)
+    try:
+        client.wait_for_workers(2, timeout=60)
+        run = {"pure": False, "workers": [named(client, "cpu")]}
+        x = cupy.asarray(tasks.numbers(SIZE, 17))
+        made = client.submit(tasks.device_numbers, SIZE, 17, workers=[named(client, "w0")])
+        for argument in (x, made):
+            future = client.submit(tasks.total, argument, **run)
+            if no_device == "error":
+                with pytest.raises(BridgeError, match="no CuPy or no GPU"):
+                    future.result(60)
+                future.release()
+            else:
+                assert future.result(60) == x.get().sum()
+        assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+    finally:
+        process.kill()
+        process.wait(60)
+        assert eventually(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == 1, 30)
+    if no_device == "error":
+        assert client.submit(tasks.total, x, pure=False).result(60) == x.get().sum()
 
 
 @pytest.fixture
