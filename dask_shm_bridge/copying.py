@@ -68,11 +68,12 @@ class Copier:
         step = -(-len(source) // shares)
         if source.ndim == 1 and source.itemsize == 1:
             step = -(-step // GRAIN_BYTES) * GRAIN_BYTES
-        jobs = [
-            self._pool.submit(np.copyto, target[i : i + step], source[i : i + step])
-            for i in range(step, len(source), step)
-        ]
+        jobs = []
         try:
+            for i in range(step, len(source), step):
+                jobs.append(
+                    self._pool.submit(np.copyto, target[i : i + step], source[i : i + step])
+                )
             np.copyto(target[:step], source[:step])
         finally:
             wait(jobs)  # nobody writes there any more once this returns, also by raising

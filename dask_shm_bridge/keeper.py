@@ -34,6 +34,7 @@ _POLL_S = 0.25
 _COALESCE_S = 0.001  # what ends together is given back in one transaction
 _CROWDED_POLL_S = 0.05
 _DETACH_AGE_S = 0.1
+_SWEEPING_S = 2.5  # a process that dies closes its connections before it lets its lock go
 _FREE_SHARE = 0.25  # of what a region may use; with less than this free it is crowded
 
 
@@ -55,6 +56,7 @@ class Keeper:
         self._ended: list[int] = []
         self._pending: list[tuple[str, Any]] = []
         self._forked = False
+        self._sweep_until = 0.0
         self._pressure: int | None = None
         self._idle_since: float | None = None
         self._next_look = 0.0
@@ -85,6 +87,8 @@ class Keeper:
         # First what must not be lost if a step fails.
         self._users += sum(value for kind, value in events if kind == "user")
         self._forked |= "forked" in kinds
+        if "sweep" in kinds:
+            self._sweep_until = time.monotonic() + _SWEEPING_S
         self._ended += [value for kind, value in events if kind == "view"]
         self._pending += [e for e in events if e[0] in ("lease", "ticket", "connection")]
         while self._ended:
@@ -96,7 +100,7 @@ class Keeper:
             if "trim" in kinds:
                 self._trim()
             self._relieve()
-            if self._forked or "sweep" in kinds:
+            if self._forked or time.monotonic() < self._sweep_until:
                 self._sweep()
         for kind, value in events:
             if kind == "call":
@@ -107,7 +111,12 @@ class Keeper:
         timeout: float | None = None
         if self._pending or self._ended:
             timeout = 0.05
-        elif len(pool.views) or self._users <= 0 or self._forked:
+        elif (
+            len(pool.views)
+            or self._users <= 0
+            or self._forked
+            or time.monotonic() < self._sweep_until
+        ):
             look = max(0.01, self._next_look - time.monotonic())
             timeout = min(_POLL_S, max(0.01, pool.settings.linger_s), look)
         try:

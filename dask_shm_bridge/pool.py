@@ -389,8 +389,9 @@ class Pool:
 
     def _touch(self, grant: Grant) -> None:
         """Have the slots of an extent registered with CUDA, where this process does that."""
-        if self.pins is not None:
-            self.pins.want(grant.offset, grant.nbytes)
+        pins = self.pins  # read once: a plugin's end takes it away
+        if pins is not None:
+            pins.want(grant.offset, grant.nbytes)
 
     def commit(self, offset: int, nbytes: int) -> None:
         """Back a range of the pool with pages: an error here, never SIGBUS later.

@@ -625,6 +625,15 @@ hear()
     assert bytes(take(small_pool, connection, shipment).buffers[0]) == payload().tobytes()
 
 
+def test_a_member_that_is_about_to_die_is_looked_for_again(small_pool, monkeypatch):
+    """The kernel closes a process's connections before it lets go of its lock."""
+    looks = []
+    monkeypatch.setattr(small_pool.attachment, "sweep", lambda: looks.append(1) or 0)
+    small_pool._last_sweep = -1e9
+    small_pool.events.put(("sweep", None))
+    assert eventually(lambda: len(looks) >= 2)
+
+
 def test_both_ways_at_once(small_pool, child):
     """Many threads send and read in both processes, in a pool that is often full."""
     mine = [small_pool.connect() for _ in range(3)]

@@ -48,10 +48,10 @@ def install() -> None:
     """Register for CuPy arrays, now or when CuPy is first met. May be called again."""
     if "distributed.protocol.cupy" in sys.modules:
         _register()
-        return
-    for dispatch in (dask_serialize, dask_deserialize):
-        for module in ("cupy", "cupyx"):
-            dispatch.register_lazy(module)(_register)
+    else:
+        for dispatch in (dask_serialize, dask_deserialize):
+            for module in ("cupy", "cupyx"):
+                dispatch.register_lazy(module)(_register)
     if runtime.has_cupy():
         # Clients pickle graphs before a comm sees them.
         register_serialization_family("pickle", _pickle_dumps, pickle_loads)
@@ -65,25 +65,28 @@ def _register() -> None:
     import distributed.protocol.cupy  # noqa: F401  (its own registrations first)
 
     dask_serialize.register(cupy.ndarray)(serialize)
-    dask_deserialize.register(cupy.ndarray)(deserialize)
+    # Dask's own pickler puts what is registered here into its pickles.
+    dask_deserialize.register(cupy.ndarray)(_Anywhere())
 
 
 @contextlib.contextmanager
 def pickling() -> Iterator[None]:
     """Have CuPy arrays that are pickled in this context take the way through the pool."""
-    cupy = sys.modules.get("cupy")
-    if cupy is None:
+    # Another thread may be importing CuPy just now: then there is no array yet.
+    kind = getattr(sys.modules.get("cupy"), "ndarray", None)
+    if kind is None:
         yield
         return
-    present = copyreg.dispatch_table.get(cupy.ndarray)
+    present = copyreg.dispatch_table.get(kind)
     if present is not _reduce:  # cuML sets its own when it is imported
         _others[0] = present
-        copyreg.pickle(cupy.ndarray, _reduce)
+        copyreg.pickle(kind, _reduce)
     token = _pickling.set(True)
     try:
         yield
     finally:
-        _pickling.reset(token)
+        with contextlib.suppress(ValueError):  # a coroutine may be closed in another context
+            _pickling.reset(token)
 
 
 # ----------------------------------------------------------------------------- serialization
@@ -108,11 +111,12 @@ def _frame(x: Any, shared: bool) -> memoryview:
         pointer, nbytes = int(x.data.ptr), int(x.nbytes)
         joined = pool.attached() if shared and nbytes >= GRAIN_BYTES else None
         if joined is not None:
-            device = x.device
+            # The copy runs on another thread, which has a device and a current stream of its own.
+            device, stream = x.device, transfer.ordered_stream()
 
             def fill(grant: Grant) -> None:
-                with device:  # on another thread, which has a device of its own
-                    transfer.copy_from(joined, grant, pointer)
+                with device:
+                    transfer.copy_from(joined, grant, pointer, stream)
 
             view = joined.place(nbytes, fill, _LOOP_TIMEOUT_S if _on_loop() else None)
             if view is not None:
@@ -206,8 +210,8 @@ class _Bytes:
 class _Anywhere:
     """What a pickled array is built by: `rebuild`, also in processes without this package."""
 
-    def __call__(self, header: dict[str, Any], frame: Any) -> Any:
-        return rebuild(header, frame)
+    def __call__(self, header: dict[str, Any], frames: Any) -> Any:
+        return rebuild(header, frames)
 
     def __reduce__(self) -> Any:
         return cloudpickle.loads, (_by_value(),)
@@ -215,20 +219,22 @@ class _Anywhere:
 
 @cache
 def _by_value() -> bytes:
-    def build(header: dict[str, Any], frame: Any) -> Any:
+    def build(header: dict[str, Any], frames: Any) -> Any:
         try:
             from dask_shm_bridge.cuda.arrays import rebuild
         except ImportError:
             import cupy
             import numpy
 
+            frame = frames[0] if isinstance(frames, (list, tuple)) else frames
             host = numpy.ndarray(
                 tuple(header["shape"]), header["typestr"], frame, strides=tuple(header["strides"])
             )
             return cupy.asarray(host)
-        return rebuild(header, frame)
+        return rebuild(header, frames)
 
-    build.__module__ = "__main__"
+    # No module, so that it goes by value; and not the main one: Dask would pickle everything again.
+    build.__module__ = "nowhere"
     code: bytes = cloudpickle.dumps(build)
     return code
 
@@ -237,11 +243,18 @@ def _plain(header: dict[str, Any]) -> dict[str, Any]:
     return {name: header[name] for name in ("shape", "typestr", "strides")}
 
 
-def rebuild(header: dict[str, Any], frame: Any) -> Any:
-    """Build a pickled CuPy array: on the device, as NumPy, or, in a scheduler, as a stand-in."""
+def rebuild(header: dict[str, Any], frames: Any) -> Any:
+    """Build an array of its frame: on the device, as NumPy, or, in a scheduler, as a stand-in."""
+    (frame,) = frames if isinstance(frames, (list, tuple)) else (frames,)
     if _is_scheduler():
-        return StandIn(header, frame)
-    return deserialize(header, [frame])
+        return StandIn(_plain(header), frame)
+    try:
+        return deserialize(header, [frame])
+    except Exception as error:
+        if not _is_worker():
+            raise
+        counters.explain("unplaced", f"a CuPy array could not be put on the GPU: {error!r}")
+        return Unplaced(_plain(header), frame, error)
 
 
 class StandIn:
@@ -275,6 +288,37 @@ class StandIn:
 
     def __repr__(self) -> str:
         return f"<StandIn of a CuPy array of shape {tuple(self.header['shape'])}>"
+
+
+class Unplaced(StandIn):
+    """An array that a worker could not put on its device: passed on as it is, used an error.
+
+    Dask reads graphs from a stream whose errors close the worker, and gives the task to the next.
+    """
+
+    def __init__(self, header: dict[str, Any], frame: Any, error: Exception) -> None:
+        super().__init__(header, frame)
+        self._error = error.with_traceback(None)  # its frames have device memory
+
+    def _used(self, *args: Any, **kwargs: Any) -> Any:
+        raise BridgeError(
+            f"a CuPy array could not be put on the GPU of this worker: {self._error!r}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and not name.endswith("array_interface__"):
+            raise AttributeError(name)
+        return self._used()
+
+    __array__ = __len__ = __iter__ = __getitem__ = __setitem__ = _used
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _used
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __pow__ = _used
+    __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = __array_ufunc__ = _used
+
+
+def _is_worker() -> bool:
+    worker = sys.modules.get("distributed.worker")
+    return worker is not None and bool(len(worker.Worker._instances))
 
 
 def _is_scheduler() -> bool:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_shm_bridge")
 
 _UNUSED, _WANTED, _PINNED, _REFUSED = range(4)
+PATIENCE_S = 30.0  # for copies and registrations under way, when the pool is left
+_kept: list[object] = []  # mappings that must stay, whatever becomes of their pools
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
 
 
@@ -108,7 +110,9 @@ class Pins:
             if slot is None:
                 return
             state = _REFUSED
-            if self.pinned_bytes + self._slot_bytes <= self._limit_bytes:
+            if self._closed:
+                pass
+            elif self.pinned_bytes + self._slot_bytes <= self._limit_bytes:
                 try:
                     self._register(slot)
                     state = _PINNED
@@ -136,7 +140,10 @@ class Pins:
         cupy.cuda.runtime.hostRegister(self.address(offset), self._slot_bytes, _PORTABLE)
 
     def close(self) -> None:
-        """Unregister everything, once no copy is in flight."""
+        """Unregister everything, once no copy is in flight.
+
+        What a copy that does not end may still use stays registered, and mapped.
+        """
         with self._condition:
             if self._closed:
                 return
@@ -144,9 +151,13 @@ class Pins:
             thread = self._thread
         self._requests.put(None)
         if thread is not None:
-            thread.join(30)
+            thread.join(PATIENCE_S)
         with self._condition:
-            self._condition.wait_for(lambda: not self._users, 30)
+            idle = self._condition.wait_for(lambda: not self._users, PATIENCE_S)
+        if not idle or (thread is not None and thread.is_alive()):
+            logger.warning("a copy to or from the GPU does not end: the pool stays registered")
+            _kept.append(self._shared)
+            return
         for slot, state in enumerate(self._states):
             if state == _PINNED:
                 with contextlib.suppress(Exception):  # at exit CUDA may be gone before us

@@ -7,6 +7,7 @@ be read by a kernel in flight, and an array that is sent may still be written by
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -84,16 +85,17 @@ def copy_to(pointer: int, source: Any) -> None:
     """Copy a contiguous host buffer to device memory at `pointer`; over when this returns."""
     data = as_bytes(source)
     assert data is not None
-    stream = _stream()
+    stream = ordered_stream()
     address = address_of(data)
     for joined in pool.joined():
-        if joined.pins is None:
+        pins = joined.pins
+        if pins is None:
             continue
         with joined.views.hold(address or 0, data.nbytes) as offset:
             if offset is None:
                 continue
-            with joined.pins.pieces(offset, data.nbytes) as pieces:
-                _copy_pieces(pointer, data, offset, pieces, joined.pins, stream)
+            with pins.pieces(offset, data.nbytes) as pieces:
+                _copy_pieces(pointer, data, offset, pieces, pins, stream)
             return
     _stage_to_device(pointer, data, stream)
     stream.synchronize()
@@ -123,22 +125,26 @@ def _copy_pieces(
         stream.synchronize()  # also when raising: the lease ends after this
 
 
-def copy_from(shared: pool.Pool, grant: Grant, pointer: int) -> None:
-    """Copy device memory at `pointer` into an extent; over when this returns."""
+def copy_from(shared: pool.Pool, grant: Grant, pointer: int, stream: Any = None) -> None:
+    """Copy device memory at `pointer` into an extent; over when this returns.
+
+    `stream` is the `ordered_stream` of the thread that has the array, if that is another one.
+    """
     import cupy
 
-    stream = _stream()
+    stream = stream or ordered_stream()
     target = shared.views.bytes_of(grant)
-    if shared.pins is None:
+    pins = shared.pins
+    if pins is None:
         _stage_from_device(target, pointer, stream)
         return
-    with shared.pins.pieces(grant.offset, grant.nbytes) as pieces:
+    with pins.pieces(grant.offset, grant.nbytes) as pieces:
         try:
             for offset, nbytes, pinned in pieces:
                 done = offset - grant.offset
                 if pinned:
                     cupy.cuda.runtime.memcpyAsync(
-                        shared.pins.address(offset), pointer + done, nbytes, _TO_HOST, stream.ptr
+                        pins.address(offset), pointer + done, nbytes, _TO_HOST, stream.ptr
                     )
                     counters.count_device("from_device", "pinned", nbytes)
                 else:
@@ -151,11 +157,11 @@ def to_host(pointer: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """Copy device memory into a new host array."""
     target = np.empty(nbytes, np.uint8)
     if nbytes:
-        _stage_from_device(target, pointer, _stream())
+        _stage_from_device(target, pointer, ordered_stream())
     return target
 
 
-def _stream() -> Any:
+def ordered_stream() -> Any:
     """Return this thread's stream on the current device, behind all that the device has to do."""
     import cupy
 
@@ -198,8 +204,9 @@ def _staging() -> list[npt.NDArray[np.uint8]] | None:
 
 def _copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
     for joined in pool.joined():
-        joined.copier.copy(target, source)
-        return
+        with contextlib.suppress(RuntimeError):  # the pool is being left
+            joined.copier.copy(target, source)
+            return
     np.copyto(target, source)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import dask
 import pytest
 from distributed import Client
-from process.deployment import Deployment, private_pool
+from process.deployment import Deployment, private_pool, reported
 
 
 def _missing() -> str | None:
@@ -66,4 +66,5 @@ def gpu_deployment(
 def gpu_client(gpu_deployment: Deployment) -> Iterator[Client]:
     """Connect to the cluster whose worker has the GPU."""
     with gpu_deployment.client(set_as_default=True) as client:
+        reported(client)
         yield client

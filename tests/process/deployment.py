@@ -328,6 +328,19 @@ def measured(client: Client) -> Iterator[Callable[[], Delta]]:
     after.update(dask_shm_bridge.stats(client))
 
 
+def reported(client: Client, workers: int = 1, timeout_s: float = 60.0) -> None:
+    """Wait until as many workers have told the scheduler of their GPUs."""
+
+    def devices(dask_scheduler: Any = None) -> int:
+        plugin = dask_scheduler.plugins.get("shm-bridge")
+        return len(plugin.devices) if plugin is not None else 0
+
+    deadline = time.monotonic() + timeout_s
+    while client.run_on_scheduler(devices) < workers:
+        assert time.monotonic() < deadline, "no worker has reported a GPU"
+        time.sleep(0.05)
+
+
 def usage(timeout_s: float = 10.0, **wanted: int) -> dict[str, int]:
     """Return the counts of this process's pool, once they are as wanted or time is up."""
     deadline = time.monotonic() + timeout_s
