@@ -53,5 +53,8 @@ async def _add_to_worker(worker: Any) -> None:
 
     while worker.status in (Status.undefined, Status.init, Status.starting):
         await asyncio.sleep(0.01)
-    if worker.status == Status.running and ShmWorkerPlugin.name not in worker.plugins:
+    if (
+        worker.status in (Status.running, Status.paused)
+        and ShmWorkerPlugin.name not in worker.plugins
+    ):
         await worker.plugin_add(plugin=ShmWorkerPlugin(), name=ShmWorkerPlugin.name)

@@ -652,6 +652,32 @@ def test_pickling_while_cupy_is_being_imported(monkeypatch: pytest.MonkeyPatch) 
 # ---------------------------------------------------------------------------------------- others
 
 
+@pytest.mark.parametrize("status", ["running", "paused", "closed"])
+def test_worker_gets_its_plugin_once_it_has_started(status: str) -> None:
+    import asyncio
+    from types import SimpleNamespace
+
+    from distributed.core import Status
+
+    from dask_shm_bridge import attend
+
+    added = []
+
+    async def plugin_add(plugin: Any, name: str) -> None:
+        added.append(name)
+
+    async def start() -> None:
+        one = SimpleNamespace(status=Status.starting, plugins={}, plugin_add=plugin_add)
+        adding = asyncio.create_task(attend._add_to_worker(one))
+        await asyncio.sleep(0.05)
+        assert not added
+        one.status = Status[status]
+        await adding
+
+    asyncio.run(start())
+    assert added == ([] if status == "closed" else ["shm-bridge"])
+
+
 def test_crowded_pool_is_no_error(joined: pool.Pool, cupy: Any) -> None:
     x = cupy.asarray(numbers(8 * MiB, 26))
     kept = [shared(x) for _ in range(9)]  # 64 MiB
