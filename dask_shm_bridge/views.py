@@ -17,9 +17,10 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,16 @@ class Claim:
         self.held = 0
         self.born = time.monotonic()
         self._reference: Any = None
+
+
+class Held(NamedTuple):
+    """Memory of a view whose lease is kept: where it lies in the pool.
+
+    `written` looks whether it has other bytes than the pool there; some ms for each GiB.
+    """
+
+    offset: int
+    written: Callable[[], bool]
 
 
 class Views:
@@ -211,10 +222,11 @@ class Views:
         return address is not None and self.find(address, frame.nbytes) is not None
 
     @contextlib.contextmanager
-    def hold(self, address: int, nbytes: int) -> Iterator[int | None]:
-        """Yield where in the pool the memory at `address` lies, and keep its lease meanwhile.
+    def hold(self, address: int, nbytes: int) -> Iterator[Held | None]:
+        """Keep the lease of the memory at `address`; None unless it lies in one leased claim.
 
-        None unless it lies in one leased claim and nobody has written into its pages.
+        Whether somebody has written into its pages is to be asked (`Held.written`): if so, the
+        extent has other bytes.
         """
         claim = self.find(address, nbytes)
         if claim is not None:
@@ -229,7 +241,7 @@ class Views:
         try:
             private = self._mappings[claim.mapping]
             offset = address - private.address
-            yield None if private.written(offset, nbytes) else offset - HEADER_BYTES
+            yield Held(offset - HEADER_BYTES, partial(private.written, offset, nbytes))
         finally:
             with self._lock:
                 claim.held -= 1

@@ -285,14 +285,14 @@ def test_a_copy_that_never_ends_keeps_its_memory_registered(
 def test_held_view_is_not_detached(joined: pool.Pool) -> None:
     x = placed(joined, numbers(MiB))
     (claim,) = joined.views.oldest()
-    with joined.views.hold(x.ctypes.data, x.nbytes) as offset:
-        assert offset == claim.grant.offset
+    with joined.views.hold(x.ctypes.data, x.nbytes) as held:
+        assert held is not None and held.offset == claim.grant.offset and not held.written()
         assert joined.views.detach(claim) is None
     lease = joined.views.detach(claim)
     assert lease is not None
     joined.events.put(("lease", lease))
-    with joined.views.hold(x.ctypes.data, x.nbytes) as offset:
-        assert offset is None
+    with joined.views.hold(x.ctypes.data, x.nbytes) as held:
+        assert held is None
     np.testing.assert_array_equal(x, numbers(MiB))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
+from distributed import wait
 from rich.console import Console
 from rich.table import Table
 
@@ -159,7 +160,8 @@ def between_workers(clusters: dict[str, ProcessCluster], repetitions: int) -> di
                     pure=False,
                     workers=_first_worker(cluster),
                 )
-                _wait(made)
+                with cluster.client.as_current():
+                    wait(made)
                 start = time.perf_counter()
                 total = cluster.client.submit(
                     gpu_jobs.look, made, pure=False, workers=_second_worker(cluster)
@@ -170,12 +172,6 @@ def between_workers(clusters: dict[str, ProcessCluster], repetitions: int) -> di
                 del made
         found[f"{size} MiB"] = {way: _median(taken) for way, taken in samples.items()}
     return found
-
-
-def _wait(future: Any) -> None:
-    from distributed import wait
-
-    wait(future)
 
 
 def _table(title: str, rows: dict[str, dict[str, float]], unit: float, suffix: str) -> Table:

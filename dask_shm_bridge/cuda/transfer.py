@@ -19,6 +19,7 @@ from dask_shm_bridge.copying import address_of, as_bytes
 from dask_shm_bridge.cuda import runtime, tasks
 from dask_shm_bridge.errors import BridgeError
 from dask_shm_bridge.ledger import Grant
+from dask_shm_bridge.views import Held
 
 STAGE_BYTES = 16 * 1024 * 1024
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
@@ -91,38 +92,44 @@ def copy_to(pointer: int, source: Any) -> None:
         pins = joined.pins
         if pins is None:
             continue
-        with joined.views.hold(address or 0, data.nbytes) as offset:
-            if offset is None:
+        with joined.views.hold(address or 0, data.nbytes) as held:
+            if held is None:
                 continue
-            with pins.pieces(offset, data.nbytes) as pieces:
-                _copy_pieces(pointer, data, offset, pieces, pins, stream)
-            return
+            if _copy_held(pointer, data, held, pins, stream):
+                return
     _stage_to_device(pointer, data, stream)
     stream.synchronize()
 
 
-def _copy_pieces(
-    pointer: int,
-    data: npt.NDArray[np.uint8],
-    start: int,
-    pieces: list[tuple[int, int, bool]],
-    pins: Any,
-    stream: Any,
-) -> None:
+def _copy_held(
+    pointer: int, data: npt.NDArray[np.uint8], held: Held, pins: Any, stream: Any
+) -> bool:
+    """Copy from the extent, as far as it is registered; False if it has other bytes than `data`.
+
+    It is looked up while the copy is under way: nobody has seen the result yet.
+    """
     import cupy
 
-    try:
-        for offset, nbytes, pinned in pieces:
-            done = offset - start
-            if pinned:
-                cupy.cuda.runtime.memcpyAsync(
-                    pointer + done, pins.address(offset), nbytes, _TO_DEVICE, stream.ptr
-                )
-                counters.count_device("to_device", "pinned", nbytes)
-            else:
-                _stage_to_device(pointer + done, data[done : done + nbytes], stream)
-    finally:
-        stream.synchronize()  # also when raising: the lease ends after this
+    pinned_bytes = 0
+    with pins.pieces(held.offset, data.nbytes) as pieces:
+        try:
+            for offset, nbytes, pinned in pieces:
+                if pinned:
+                    done = offset - held.offset
+                    cupy.cuda.runtime.memcpyAsync(
+                        pointer + done, pins.address(offset), nbytes, _TO_DEVICE, stream.ptr
+                    )
+                    pinned_bytes += nbytes
+            if held.written():
+                return False
+            for offset, nbytes, pinned in pieces:
+                if not pinned:
+                    done = offset - held.offset
+                    _stage_to_device(pointer + done, data[done : done + nbytes], stream)
+        finally:
+            stream.synchronize()  # also when raising: the lease ends after this
+    counters.count_device("to_device", "pinned", pinned_bytes)
+    return True
 
 
 def copy_from(shared: pool.Pool, grant: Grant, pointer: int, stream: Any = None) -> None:

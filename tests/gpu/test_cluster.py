@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, wait
+from distributed import Client
+from distributed import wait as wait_for
 from process.deployment import Deployment, MiB, measured, usage
 
 import dask_shm_bridge
@@ -25,6 +26,11 @@ def local_cluster(**kwargs: Any) -> Any:
     return dask_cuda.LocalCUDACluster(
         protocol="shm", n_workers=1, dashboard_address=":0", host="127.0.0.1", **kwargs
     )
+
+
+def wait(client: Client, futures: list[Any]) -> None:
+    with client.as_current():
+        wait_for(futures)
 
 
 def twice(x: Any) -> Any:
@@ -47,7 +53,7 @@ def test_local_cuda_cluster(kwargs: dict[str, Any]) -> None:
         x = tasks.numbers(SIZE, 1).view(np.float32)
         x[np.isnan(x)] = 0
         futures = [client.submit(twice, x + i, pure=False) for i in range(8)]
-        wait(futures)
+        wait(client, futures)
         for i, future in enumerate(futures):
             np.testing.assert_array_equal(future.result().get(), (x + i) * 2)
         (worker,) = dask_shm_bridge.stats(client)["workers"].values()
@@ -61,7 +67,7 @@ def test_device_memory_limit_spills_and_returns_leases() -> None:
     cluster = local_cluster(device_memory_limit="64MB")
     with cluster, Client(cluster, set_as_default=False) as client:
         futures = [client.submit(tasks.device_numbers, SIZE, i, pure=False) for i in range(12)]
-        wait(futures)  # three times what may stay on the device
+        wait(client, futures)  # three times what may stay on the device
         assert usage(extent=0, lease=0, ticket=0)["lease"] == 0
         for i, future in enumerate(futures):
             assert client.submit(tasks.checked, future, i, pure=False).result()
@@ -93,7 +99,7 @@ def two_workers(
 def test_device_arrays_between_two_workers(two_workers: Client, size: int) -> None:
     first, second = sorted(two_workers.scheduler_info(n_workers=-1)["workers"])
     future = two_workers.submit(tasks.device_numbers, size, 3, pure=False, workers=first)
-    wait(future)
+    wait(two_workers, [future])
     with measured(two_workers) as moved:
         assert two_workers.submit(tasks.checked, future, 3, pure=False, workers=second).result()
     delta = moved()

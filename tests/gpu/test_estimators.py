@@ -77,8 +77,12 @@ def test_kmeans(gpu_client: Client, data: Any) -> None:
     assert isinstance(labels, np.ndarray)
     calls = [("cluster_centers_", False), ("predict", True)]
     centres, expected = directly(gpu_client, "cluster.KMeans", params, (X,), calls)
-    np.testing.assert_allclose(model.cluster_centers_, centres, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(labels, expected)
+    # cuML numbers the clusters differently from run to run, also with a random_state.
+    found = np.asarray(model.cluster_centers_)
+    match = np.linalg.norm(found[:, None] - centres[None], axis=2).argmin(axis=1)
+    assert sorted(match) == list(range(CLASSES))
+    np.testing.assert_allclose(found, centres[match], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(match[labels], expected)
     local = sklearn.cluster.KMeans(**params).fit(X)
     assert model.inertia_ == pytest.approx(local.inertia_, rel=1e-2)
     assert purity(labels, y) > 0.99

@@ -151,14 +151,14 @@ def test_unregistered_when_the_pool_is_left(joined: pool.Pool) -> None:
 def test_held_view_is_not_detached(joined: pool.Pool) -> None:
     x = placed(joined, tasks.numbers(MiB))
     (claim,) = joined.views.oldest()
-    with joined.views.hold(x.ctypes.data, x.nbytes) as offset:
-        assert offset == claim.grant.offset
+    with joined.views.hold(x.ctypes.data, x.nbytes) as held:
+        assert held is not None and held.offset == claim.grant.offset and not held.written()
         assert joined.views.detach(claim) is None
     lease = joined.views.detach(claim)
     assert lease is not None
     joined.events.put(("lease", lease))
-    with joined.views.hold(x.ctypes.data, x.nbytes) as offset:
-        assert offset is None
+    with joined.views.hold(x.ctypes.data, x.nbytes) as held:
+        assert held is None
     np.testing.assert_array_equal(x, tasks.numbers(MiB))
 
 
