@@ -175,14 +175,15 @@ def ordered_stream() -> Any:
     device = cupy.cuda.runtime.getDevice()
     streams = vars(_local).setdefault("streams", {})
     if device not in streams:
-        streams[device] = cupy.cuda.Stream(non_blocking=True)
-    stream = streams[device]
-    event = cupy.cuda.Event(disable_timing=True)
+        streams[device] = (
+            cupy.cuda.Stream(non_blocking=True),
+            cupy.cuda.Event(disable_timing=True),
+        )
+    stream, event = streams[device]
     event.record(cupy.cuda.Stream.null)  # the legacy stream waits for every blocking one
     stream.wait_event(event)
     current = cupy.cuda.get_current_stream()
     if current.ptr not in (0, stream.ptr):  # it may be a non-blocking one
-        event = cupy.cuda.Event(disable_timing=True)
         event.record(current)
         stream.wait_event(event)
     return stream

@@ -41,7 +41,9 @@ def pool_options() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pool_config(pool_options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Make a pool for this module; the configuration of its processes."""
+    # Dask's own monitoring opens /dev/nvidia-uvm in every process, by NVML.
     with private_pool(**pool_options) as config:
+        config["distributed.diagnostics.nvml"] = False
         yield config
 
 

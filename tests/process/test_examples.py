@@ -78,3 +78,11 @@ def test_wsl2(pool_config: dict[str, Any], tmp_path: Path) -> None:
     assert result["enabled"]["client"] is True
     assert all(result["enabled"]["workers"].values())
     assert through_the_pool(result) >= 16 * 2**20
+
+
+def test_grid_search(pool_config: dict[str, Any], tmp_path: Path) -> None:
+    result = call("grid_search", pool_config, tmp_path, rows=6_000)
+    assert result["best_score"] > 0.9
+    # each fit and each score sends the rows that it is for, and little else
+    assert result["bytes_per_fit"] < 3 * result["data_bytes"]
+    assert result["bytes_per_fit_passed_once"] < 2 * result["data_bytes"]
