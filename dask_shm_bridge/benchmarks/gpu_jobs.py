@@ -97,8 +97,10 @@ def rates(x: Any, repetitions: int) -> dict[str, float]:
         "pageable": lambda: cupy.asarray(x),
     }
     times: dict[str, list[float]] = {name: [] for name in jobs}
+    order = np.random.default_rng(0)
     for _ in range(repetitions + 1):
-        for name, job in jobs.items():
+        for name in order.permutation(list(jobs)):  # what was freed before has its price
+            job = jobs[name]
             cupy.cuda.Device().synchronize()
             start = time.perf_counter()
             made = job()

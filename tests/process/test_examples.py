@@ -85,4 +85,4 @@ def test_grid_search(pool_config: dict[str, Any], tmp_path: Path) -> None:
     assert result["best_score"] > 0.9
     # each fit and each score sends the rows that it is for, and little else
     assert result["bytes_per_fit"] < 3 * result["data_bytes"]
-    assert result["bytes_per_fit_passed_once"] < 2 * result["data_bytes"]
+    assert result["bytes_per_fit_passed_once"] < result["data_bytes"]
