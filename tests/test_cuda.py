@@ -22,6 +22,7 @@ import pytest
 import stand_in
 from conftest import eventually
 from distributed.protocol import deserialize, serialize
+from placing import moved, placed
 
 from dask_shm_bridge import counters, pool, to_device
 from dask_shm_bridge.cuda import arrays, pinning, runtime, tasks, transfer, worker
@@ -63,22 +64,6 @@ def leases(joined: pool.Pool) -> int:
 
 def numbers(nbytes: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
-
-
-def placed(joined: pool.Pool, x: np.ndarray) -> np.ndarray:
-    """Put an array into an extent; return a view of it there."""
-
-    def fill(grant: Any) -> None:
-        joined.views.bytes_of(grant)[:] = x
-
-    view = joined.place(x.nbytes, fill)
-    assert view is not None
-    return np.frombuffer(view, np.uint8)
-
-
-def moved(before: dict[str, Any], direction: str = "to_device") -> dict[str, int]:
-    after = counters.device_snapshot()[direction]
-    return {way: after[way] - before[direction][way] for way in after}
 
 
 def shared(x: Any) -> tuple[Any, list[Any]]:

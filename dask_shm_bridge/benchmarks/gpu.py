@@ -46,14 +46,10 @@ def _clusters(protocols: list[str], console: Console) -> Iterator[dict[str, Proc
         yield found
 
 
-def _first_worker(cluster: ProcessCluster) -> str:
+def _workers(cluster: ProcessCluster) -> list[str]:
+    """Return the addresses of the workers, by their names."""
     workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
-    return str(min(workers, key=lambda address: str(workers[address]["name"])))
-
-
-def _second_worker(cluster: ProcessCluster) -> str:
-    workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
-    return str(max(workers, key=lambda address: str(workers[address]["name"])))
+    return sorted(workers, key=lambda address: str(workers[address]["name"]))
 
 
 def _ways(
@@ -92,7 +88,7 @@ def pca(clusters: dict[str, ProcessCluster], repetitions: int, folder: Path) -> 
                 way,
                 COMPONENTS,
                 pure=False,
-                workers=_first_worker(cluster),
+                workers=_workers(cluster)[0],
             ).result()
             total = time.perf_counter() - start
             result = np.abs(parts.pop("result"))  # the sign of a component is arbitrary
@@ -117,7 +113,7 @@ def uploads(clusters: dict[str, ProcessCluster], repetitions: int, folder: Path)
             x[-1] = number
             start = time.perf_counter()
             took, last = cluster.client.submit(
-                gpu_jobs.upload, passed(x, number), way, pure=False, workers=_first_worker(cluster)
+                gpu_jobs.upload, passed(x, number), way, pure=False, workers=_workers(cluster)[0]
             ).result()
             total = time.perf_counter() - start
             assert last == number
@@ -137,7 +133,7 @@ def rates(cluster: ProcessCluster, repetitions: int) -> dict[str, Any]:
     found = {}
     for size in (16, 64, 256, 1024):
         x = np.ones(size * MiB, np.uint8)
-        worker = _first_worker(cluster)
+        worker = _workers(cluster)[0]
         future = cluster.client.scatter(x, workers=[worker])
         found[f"{size} MiB"] = cluster.client.submit(
             gpu_jobs.rates, future, repetitions, pure=False, workers=worker
@@ -158,13 +154,13 @@ def between_workers(clusters: dict[str, ProcessCluster], repetitions: int) -> di
                     size * MiB,
                     number,
                     pure=False,
-                    workers=_first_worker(cluster),
+                    workers=_workers(cluster)[0],
                 )
                 with cluster.client.as_current():
                     wait(made)
                 start = time.perf_counter()
                 total = cluster.client.submit(
-                    gpu_jobs.look, made, pure=False, workers=_second_worker(cluster)
+                    gpu_jobs.look, made, pure=False, workers=_workers(cluster)[-1]
                 ).result()
                 if number:
                     samples.setdefault(way, []).append(time.perf_counter() - start)

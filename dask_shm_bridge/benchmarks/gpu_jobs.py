@@ -19,12 +19,10 @@ def settle() -> dict[str, Any]:
     return worker.figures() or {}
 
 
-def upload(x: Any, way: str) -> tuple[float, float]:
-    """Copy an array to the device; return the seconds it took, and a word of it."""
+def _on_device(x: Any, way: str) -> Any:
+    """Copy an array to the device as its way has it; the copy has ended."""
     import cupy
 
-    x = np.load(x) if way == "npy" else x
-    start = time.perf_counter()
     if way == "shm":
         from dask_shm_bridge import to_device
 
@@ -32,6 +30,14 @@ def upload(x: Any, way: str) -> tuple[float, float]:
     else:
         device = cupy.asarray(x)
     cupy.cuda.Device().synchronize()
+    return device
+
+
+def upload(x: Any, way: str) -> tuple[float, float]:
+    """Copy an array to the device; return the seconds it took, and a word of it."""
+    x = np.load(x) if way == "npy" else x
+    start = time.perf_counter()
+    device = _on_device(x, way)
     took = time.perf_counter() - start
     return took, float(device.ravel()[-1])
 
@@ -44,13 +50,7 @@ def fit(x: Any, way: str, components: int) -> dict[str, Any]:
     begun = time.perf_counter()
     x = np.load(x) if way == "npy" else x
     loaded = time.perf_counter()
-    if way == "shm":
-        from dask_shm_bridge import to_device
-
-        device = to_device(x)
-    else:
-        device = cupy.asarray(x)
-    cupy.cuda.Device().synchronize()
+    device = _on_device(x, way)
     copied = time.perf_counter()
     result = cupy.asnumpy(PCA(n_components=components).fit_transform(device))
     return {

@@ -34,10 +34,10 @@ from distributed.protocol.serialize import (
 from dask_shm_bridge import config, counters, pool
 from dask_shm_bridge.cuda import runtime
 from dask_shm_bridge.errors import BridgeError
+from dask_shm_bridge.family import CONTEXT
 from dask_shm_bridge.layout import GRAIN_BYTES
 from dask_shm_bridge.ledger import Grant
 
-CONTEXT = "shm-bridge"
 _LOOP_TIMEOUT_S = 0.01
 
 _pickling: ContextVar[bool] = ContextVar("shm-bridge-pickling", default=False)
@@ -251,7 +251,7 @@ def rebuild(header: dict[str, Any], frames: Any) -> Any:
     try:
         return deserialize(header, [frame])
     except Exception as error:
-        if not _is_worker():
+        if pool.role() != "worker":
             raise
         counters.explain("unplaced", f"a CuPy array could not be put on the GPU: {error!r}")
         return Unplaced(_plain(header), frame, error)
@@ -316,19 +316,15 @@ class Unplaced(StandIn):
     __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = __array_ufunc__ = _used
 
 
-def _is_worker() -> bool:
-    worker = sys.modules.get("distributed.worker")
-    return worker is not None and bool(len(worker.Worker._instances))
-
-
 def _is_scheduler() -> bool:
     """Say whether this process has a scheduler and neither a worker nor a client."""
-    scheduler = sys.modules.get("distributed.scheduler")
-    worker = sys.modules.get("distributed.worker")
-    client = sys.modules.get("distributed.client")
     return (
-        scheduler is not None
-        and bool(len(scheduler.Scheduler._instances))
-        and not (worker is not None and len(worker.Worker._instances))
-        and not (client is not None and len(client.Client._instances))
+        _has("scheduler", "Scheduler")
+        and not _has("worker", "Worker")
+        and not _has("client", "Client")
     )
+
+
+def _has(module: str, kind: str) -> bool:
+    found = sys.modules.get(f"distributed.{module}")
+    return found is not None and len(getattr(found, kind)._instances) > 0

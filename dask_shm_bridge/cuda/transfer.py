@@ -67,11 +67,10 @@ def to_device(x: Any, dtype: Any = None) -> Any:
     if isinstance(x, cupy.ndarray):
         return x if dtype is None else x.astype(dtype, copy=False)
     x = np.asarray(x)
-    if x.dtype.kind not in "biufc" or not x.dtype.isnative:
-        if x.dtype.kind in "biufc":
-            x = x.astype(x.dtype.newbyteorder("="))
-        else:
-            raise TypeError(f"an array of dtype {x.dtype} can't be copied to a GPU")
+    if x.dtype.kind not in "biufc":
+        raise TypeError(f"an array of dtype {x.dtype} can't be copied to a GPU")
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
     if not (x.flags.c_contiguous or x.flags.f_contiguous):
         x = np.ascontiguousarray(x)
     order = "C" if x.flags.c_contiguous else "F"
@@ -98,7 +97,6 @@ def copy_to(pointer: int, source: Any) -> None:
             if _copy_held(pointer, data, held, pins, stream):
                 return
     _stage_to_device(pointer, data, stream)
-    stream.synchronize()
 
 
 def _copy_held(
@@ -224,8 +222,9 @@ def _stage_to_device(pointer: int, data: npt.NDArray[np.uint8], stream: Any) -> 
     with _stage_lock:
         stages = _staging()
         if stages is None:
-            address = data.__array_interface__["data"][0]
-            cupy.cuda.runtime.memcpyAsync(pointer, address, data.nbytes, _TO_DEVICE, stream.ptr)
+            cupy.cuda.runtime.memcpyAsync(
+                pointer, address_of(data), data.nbytes, _TO_DEVICE, stream.ptr
+            )
             stream.synchronize()
             counters.count_device("to_device", "pageable", data.nbytes)
             return
@@ -237,9 +236,8 @@ def _stage_to_device(pointer: int, data: npt.NDArray[np.uint8], stream: Any) -> 
                     event.synchronize()
                 part = data[start : start + STAGE_BYTES]
                 _copy(stage[: part.nbytes], part)
-                address = stage.__array_interface__["data"][0]
                 cupy.cuda.runtime.memcpyAsync(
-                    pointer + start, address, part.nbytes, _TO_DEVICE, stream.ptr
+                    pointer + start, address_of(stage), part.nbytes, _TO_DEVICE, stream.ptr
                 )
                 events[number % 2] = cupy.cuda.Event(disable_timing=True)
                 events[number % 2].record(stream)
@@ -254,8 +252,9 @@ def _stage_from_device(target: npt.NDArray[np.uint8], pointer: int, stream: Any)
     with _stage_lock:
         stages = _staging()
         if stages is None:
-            address = target.__array_interface__["data"][0]
-            cupy.cuda.runtime.memcpyAsync(address, pointer, target.nbytes, _TO_HOST, stream.ptr)
+            cupy.cuda.runtime.memcpyAsync(
+                address_of(target), pointer, target.nbytes, _TO_HOST, stream.ptr
+            )
             stream.synchronize()
             counters.count_device("from_device", "pageable", target.nbytes)
             return
@@ -265,7 +264,7 @@ def _stage_from_device(target: npt.NDArray[np.uint8], pointer: int, stream: Any)
             for number, start in enumerate([*starts, None, None]):
                 if start is not None:
                     nbytes = min(STAGE_BYTES, target.nbytes - start)
-                    address = stages[number % 2].__array_interface__["data"][0]
+                    address = address_of(stages[number % 2])
                     cupy.cuda.runtime.memcpyAsync(
                         address, pointer + start, nbytes, _TO_HOST, stream.ptr
                     )

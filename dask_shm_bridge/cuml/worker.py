@@ -34,9 +34,7 @@ def _on_device(value: Any) -> Any:
     ):
         return value
     try:
-        from dask_shm_bridge.cuda import (  # type: ignore[import-not-found, unused-ignore]
-            to_device,
-        )
+        from dask_shm_bridge.cuda import to_device
 
         return to_device(value)
     except (ImportError, BridgeError):

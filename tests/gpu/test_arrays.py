@@ -10,35 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
-from process.deployment import Deployment, MiB, environment, measured, usage
+from process.deployment import Copied, Deployment, MiB, device, environment, measured, usage
 
 import dask_shm_bridge
 
 from . import tasks
 
 SIZE = 16 * MiB
-
-
-def device(client: Client) -> dict[str, Any]:
-    """Return the figures of the one GPU worker."""
-    (worker,) = dask_shm_bridge.stats(client)["workers"].values()
-    figures: dict[str, Any] = worker["device"]
-    return figures
-
-
-class Copied:
-    """Bytes that the GPU worker copied since this was made."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._before = device(client)
-
-    def __call__(self, direction: str) -> dict[str, int]:
-        after = device(self._client)
-        return {
-            way: after[direction][way] - self._before[direction][way]
-            for way in ("pinned", "staged", "pageable")
-        }
 
 
 def test_worker_reports_its_gpu(gpu_client: Client) -> None:

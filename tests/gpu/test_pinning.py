@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from placing import moved, placed
 
 from dask_shm_bridge import counters, pool, to_device
 from dask_shm_bridge.cuda import pinning, transfer, worker
@@ -33,22 +34,6 @@ def joined() -> Iterator[pool.Pool]:
     pins.close()
     joined.settle()
     assert joined.ledger.usage()["counts"]["lease"] == 0
-
-
-def placed(joined: pool.Pool, x: np.ndarray) -> np.ndarray:
-    """Put an array into an extent; return a view of it there."""
-
-    def fill(grant: Any) -> None:
-        joined.views.bytes_of(grant)[:] = x
-
-    view = joined.place(x.nbytes, fill)
-    assert view is not None
-    return np.frombuffer(view, np.uint8)
-
-
-def moved(before: dict[str, Any], direction: str = "to_device") -> dict[str, int]:
-    after = counters.device_snapshot()[direction]
-    return {way: after[way] - before[direction][way] for way in after}
 
 
 def test_nothing_is_registered_before_it_is_used(joined: pool.Pool) -> None:

@@ -341,6 +341,28 @@ def reported(client: Client, workers: int = 1, timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def device(client: Client) -> dict[str, Any]:
+    """Return what the one worker tells of its GPU, and what it copied."""
+    (worker,) = dask_shm_bridge.stats(client)["workers"].values()
+    figures: dict[str, Any] = worker["device"]
+    return figures
+
+
+class Copied:
+    """Bytes that the one worker copied to and from its GPU since this was made."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._before = device(client)
+
+    def __call__(self, direction: str) -> dict[str, int]:
+        after = device(self._client)
+        return {
+            way: after[direction][way] - self._before[direction][way]
+            for way in ("pinned", "staged", "pageable")
+        }
+
+
 def usage(timeout_s: float = 10.0, **wanted: int) -> dict[str, int]:
     """Return the counts of this process's pool, once they are as wanted or time is up."""
     deadline = time.monotonic() + timeout_s

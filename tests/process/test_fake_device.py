@@ -27,7 +27,17 @@ from dask_shm_bridge.errors import BridgeError
 
 from . import device_tasks as tasks
 from . import stock_device_tasks
-from .deployment import ROOT, Deployment, MiB, environment, measured, reported, usage
+from .deployment import (
+    ROOT,
+    Copied,
+    Deployment,
+    MiB,
+    device,
+    environment,
+    measured,
+    reported,
+    usage,
+)
 from .test_mixed import PRELOAD, named
 
 SIZE = 16 * MiB
@@ -68,28 +78,6 @@ def nothing_is_left(request: pytest.FixtureRequest, cupy: Any) -> Iterator[None]
         counts = usage(extent=0, lease=0, ticket=0)
         left = (counts["extent"], counts["lease"], counts["ticket"])
         assert left == (0, 0, 0), (counts, pool.attached().ledger.members())
-
-
-def device(client: Client) -> dict[str, Any]:
-    """Return the figures of the one worker."""
-    (worker,) = dask_shm_bridge.stats(client)["workers"].values()
-    figures: dict[str, Any] = worker["device"]
-    return figures
-
-
-class Copied:
-    """Bytes that the worker copied since this was made."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._before = device(client)
-
-    def __call__(self, direction: str) -> dict[str, int]:
-        after = device(self._client)
-        return {
-            way: after[direction][way] - self._before[direction][way]
-            for way in ("pinned", "staged", "pageable")
-        }
 
 
 # ------------------------------------------------------------------------------ the GPU worker
