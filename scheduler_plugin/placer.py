@@ -162,17 +162,21 @@ class Placer:
         """Decide what becomes of placed tasks that no worker can run."""
         if self.scheduler.status in (Status.closing, Status.closed, Status.failed):
             return
-        ours = [ts for ts in self.scheduler.unrunnable if ts.resource_restrictions == ASKS]
+        asking = [ts for ts in self.scheduler.unrunnable if ts.resource_restrictions == ASKS]
+        # Remote estimators ask for the same themselves: those tasks can't do without a GPU.
+        ours = [ts for ts in asking if ts.resource_restrictions is ASKS]
         # A shuffle pins its tasks to workers after we have seen them.
         pinned = [ts for ts in ours if ts.worker_restrictions or ts.host_restrictions]
         self._free(pinned)
         # With no worker at all the cluster is starting, or its worker is: Dask waits, and so do we.
-        if len(pinned) == len(ours) or not self.scheduler.workers or self.has_gpu():
+        if not self.scheduler.workers or self.has_gpu():
             return
-        stuck = [ts for ts in ours if ts.state == "no-worker" and ts.resource_restrictions]
         if self.no_gpu == "cpu":
-            self._free(stuck)
-        elif self.no_gpu == "error":
+            self._free([ts for ts in ours if ts.resource_restrictions])
+        stuck = [ts for ts in asking if ts.state == "no-worker" and ts.resource_restrictions]
+        if not stuck:
+            return
+        if self.no_gpu == "error":
             self._fail(stuck)
         elif not self.warned:
             self.warned = True

@@ -347,6 +347,8 @@ def test_error_reaches_the_client(start: Any, cluster_module: Any) -> None:
             with pytest.raises(NoGpuWorkerError, match="--resources GPU=1") as caught:
                 future.result(30)
             assert caught.value.task == failed.key
+        with pytest.raises(NoGpuWorkerError):  # as a remote estimator's
+            client.submit(gpu_tasks.where, resources=dict(ASKS), pure=False).result(30)
         assert client.submit(gpu_tasks.where).result(30) == "cpu"
         deployment.add_worker("gpu", GPU)
         client.wait_for_workers(2, timeout=60)
@@ -372,10 +374,14 @@ def test_cpu_runs_them_anywhere(start: Any, cluster_module: Any, tmp_path: Path)
         all_in(client, [running], "processing")
         all_in(client, [later], "waiting")
         assert states(client, [running, later]) == [("processing", ASKS), ("waiting", ASKS)]
+        # as a remote estimator's: nothing else can run it, though it asks for the same
+        own = client.submit(gpu_tasks.where, running, resources=dict(ASKS), pure=False)
+        all_in(client, [own], "waiting")
         worker.kill()
         worker.wait(10)
         go.touch()
         assert [running.result(60), later.result(60)] == ["cpu", "cpu"]
+        assert states(client, [own]) == [("no-worker", ASKS)]
 
 
 def test_the_mode_is_read_again_by_a_new_plugin(start: Any, cluster_module: Any) -> None:
