@@ -44,7 +44,6 @@ from dask_shm_bridge import config, counters, family, memory, pool, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import (
-    BridgeError,
     LedgerBusyError,
     PoolError,
     PoolUnsupportedError,
@@ -127,8 +126,10 @@ class ShmTCP(TCP):
             return False
         if "pool" not in ours:
             return False
-        if any(ours.get(key) != theirs.get(key) for key in ("version", "pool", "boot")):
-            return False
+        for key in ("version", "pool", "boot"):
+            # not an array, whose comparison is one
+            if type(theirs.get(key)) is not type(ours.get(key)) or ours.get(key) != theirs[key]:
+                return False
         outgoing = theirs.get("connection")
         if not isinstance(outgoing, int) or isinstance(outgoing, bool) or outgoing < 1:
             return False
@@ -362,16 +363,9 @@ class ShmTCP(TCP):
             self._closed = True
             self._end_connection()
             convert_stream_closed_error(self, error)
-        except (
-            BridgeError,
-            OSError,
-            ValueError,
-            IndexError,
-            TypeError,
-            AssertionError,
-            struct.error,
-        ) as error:
-            # A ticket that is not there, or no message of ours: the peer will be asked again.
+        except Exception as error:
+            # A ticket that is not there, no message of ours, or no memory for what it announces:
+            # the peer will be asked again.
             self.abort()
             raise CommClosedError(f"in {self}: {error}") from error
         except BaseException:
@@ -413,8 +407,16 @@ class ShmTCP(TCP):
         tickets: dict[int, int] = {}
         pieces: dict[int, int] = {}
         for place, way, value in manifest:
-            if not 0 <= place < len(frames) or len(frames[place]) or value < 1:
-                raise ValueError(f"the message's frame {place} can't be replaced")
+            if not (
+                type(place) is type(value) is int
+                and 0 <= place < len(frames)
+                and not len(frames[place])
+                and place not in tickets
+                and place not in pieces
+                and way in (_TICKET, _PIECES)
+                and value >= 1
+            ):
+                raise ValueError(f"the message's frame {place!r:.100} can't be replaced")
             (tickets if way == _TICKET else pieces)[place] = value
         if tickets:
             numbers = list(tickets.values())
@@ -436,7 +438,7 @@ class ShmTCP(TCP):
     async def _read_in_pieces(
         self, shared: pool.Pool, connection: int, stream: IOStream, nbytes: int
     ) -> memoryview:
-        target = np.empty(nbytes, np.uint8)
+        target = wire.new_buffer(nbytes)
         done = 0
         while done < nbytes:
             number, size = _PIECE.unpack(await stream.read_bytes(_PIECE.size))

@@ -20,6 +20,9 @@ from dask_shm_bridge.layout import (
     Layout,
 )
 
+_MOST_SECONDS = 10.0 * 365 * 86400  # what threads can wait for is limited
+_MOST_THREADS = 1024
+
 DEFAULTS_FILE = Path(__file__).with_name("shm-bridge.yaml")
 
 
@@ -57,25 +60,34 @@ def nbytes(key: str) -> int | None:
     if value is None:
         return None
     try:
-        return int(parse_bytes(value))
-    except ValueError as error:
+        size = int(parse_bytes(value))
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise PoolError(f"shm-bridge.{key}: {value!r} is no size ({error})") from None
+    if isinstance(value, bool) or not 0 <= size < 2**63:
+        raise PoolError(f"shm-bridge.{key}: {value!r} is no size")
+    return size
 
 
 def _seconds(key: str) -> float:
     value = get(key)
     try:
-        return float(parse_timedelta(value, default="s"))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise PoolError(f"shm-bridge.{key}: {value!r} is no time such as '5s'") from None
+        seconds = float(parse_timedelta(value, default="s"))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        seconds = -1.0
+    # Also not "nan": a deadline that is no number never comes.
+    if isinstance(value, bool) or not 0 <= seconds <= _MOST_SECONDS:
+        raise PoolError(f"shm-bridge.{key}: {value!r} is no time such as '5s'")
+    return seconds
 
 
 def _copy_threads() -> int:
     value = get("copy-threads")
     if value is None:
         return min(8, max(1, (os.cpu_count() or 2) // 2))
-    if not isinstance(value, int) or value < 1:
-        raise PoolError(f"shm-bridge.copy-threads: {value!r} is no number of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_THREADS:
+        raise PoolError(
+            f"shm-bridge.copy-threads: {value!r} is no number from 1 to {_MOST_THREADS}"
+        )
     return value
 
 
@@ -93,15 +105,17 @@ def layout_asked() -> Layout | None:
     if regions is not None:
         if not isinstance(regions, dict):
             raise PoolError(f"shm-bridge.pool.regions: {regions!r} is no mapping of counts")
-        unknown = set(regions) - set(REGION_NAMES)
+        unknown = sorted(repr(name) for name in set(regions) - set(REGION_NAMES))
         if unknown:
             raise PoolError(
-                f"shm-bridge.pool.regions: unknown {sorted(unknown)}; there are {REGION_NAMES}"
+                f"shm-bridge.pool.regions: unknown {', '.join(unknown)}; there are {REGION_NAMES}"
             )
-        counts = tuple(int(regions.get(name, 0)) for name in REGION_NAMES)
+        counts = tuple(regions.get(name, 0) for name in REGION_NAMES)
+        if not all(type(count) is int for count in counts):
+            raise PoolError(f"shm-bridge.pool.regions: {regions!r} is no mapping of counts")
         if slot is None:
             slot = (size // max(1, sum(counts))) if size else DEFAULT_SLOT_BYTES
-        layout = Layout(slot, counts)  # type: ignore[arg-type]
+        layout = Layout(slot, counts)
         if size is not None and layout.size_bytes != size:
             raise PoolError(
                 f"shm-bridge.pool.size is {size} bytes, but regions and slot-size make "
@@ -167,10 +181,12 @@ class Settings:
             path = mapping.default_pool_path()
         elif path is False:
             path = None
+        elif not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+            raise PoolError(f"shm-bridge.pool.path: {path!r} is no folder's name")
         else:
             path = os.path.abspath(os.path.expanduser(str(path)))
         hold = get("hold-limit")
-        if not isinstance(hold, (int, float)) or not 0 <= hold <= 1:
+        if not isinstance(hold, (int, float)) or isinstance(hold, bool) or not 0 <= hold <= 1:
             raise PoolError(f"shm-bridge.hold-limit: {hold!r} is not a share between 0 and 1")
         threshold = nbytes("threshold")
         if threshold is None or threshold < 1:
@@ -181,7 +197,7 @@ class Settings:
             threshold_bytes=threshold,
             hold_limit=float(hold),
             copy_threads=_copy_threads(),
-            tls=bool(get("tls")),
+            tls=_flag("tls"),
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),
         )

@@ -42,12 +42,20 @@ class PoolLayoutError(PoolError):
         )
 
 
+class HeaderError(BridgeError):
+    """The header of an array that a peer sent does not fit its bytes; nothing was made of it."""
+
+
 class LedgerError(BridgeError):
     """A refused ledger operation; it changed nothing."""
 
 
 class LedgerBusyError(LedgerError):
     """The ledger's lock was not had in time (a member may be stopped inside it)."""
+
+
+class LedgerDamagedError(LedgerError):
+    """The ledger says what can't be: something other than its members has written there."""
 
 
 class LedgerFullError(LedgerError):

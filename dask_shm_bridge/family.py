@@ -14,10 +14,12 @@ import numpy as np
 from distributed.protocol.numpy import serialize_numpy_ndarray
 from distributed.protocol.serialize import (
     Serialized,
-    dask_deserialize,
     dask_serialize,
     register_serialization_family,
 )
+
+from dask_shm_bridge.array_header import array_over, counts, pickled_dtype, plain_dtype
+from dask_shm_bridge.errors import HeaderError
 
 NAME = "mmap-slot"
 CONTEXT = "shm-bridge"  # our comms set it: strided frames are welcome here
@@ -99,8 +101,32 @@ def dumps(x: Any, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
 
 
 def loads(header: dict[str, Any], frames: list[Any]) -> Any:
-    """Build an array over its frame, without a copy if the frame is writeable."""
-    return dask_deserialize.dispatch(np.ndarray)(header["array"], frames)
+    """Build an array over its frame, without a copy if the frame is writeable.
+
+    Raises
+    ------
+    HeaderError
+        If the header does not fit the frame, or wants something unpickled that `dumps` does not
+        pickle.
+    """
+    array = header.get("array")
+    if not isinstance(array, dict) or array.get("pickle"):
+        raise HeaderError(f"a header of {NAME} has no array")
+    if len(frames) != 1:
+        raise HeaderError(f"an array of {NAME} came in {len(frames)} frames")
+    try:
+        (custom, dtype), (writeable,) = array["dtype"], array["writeable"]
+    except (KeyError, TypeError, ValueError):
+        raise HeaderError(f"a header of {NAME} has no type") from None
+    shape = counts(array.get("broadcast_to") or array.get("shape"), "shape")
+    strides = counts(array.get("strides"), "strides", least=-(2**63))
+    kind = pickled_dtype(dtype) if custom else plain_dtype(dtype)
+    x = array_over(frames[0], shape, strides, kind)
+    if not writeable:
+        x.flags.writeable = False
+    elif not x.flags.writeable:
+        x = np.require(x, requirements=["W"])  # as Dask does
+    return x
 
 
 def _without(serializers: Sequence[str]) -> list[str]:
@@ -128,11 +154,13 @@ def translated(message: Any, depth: int = 3) -> Any:
     return message
 
 
-def _stock(header: dict[str, Any]) -> dict[str, Any]:
+def _stock(header: Any) -> Any:
     """Return the header of Dask's own family for the same frames."""
-    if "sub-headers" in header:
+    if not isinstance(header, dict):
+        return header  # whoever reads it will say so
+    if isinstance(header.get("sub-headers"), (list, tuple)):
         return {**header, "sub-headers": [_stock(each) for each in header["sub-headers"]]}
-    if header.get("serializer") != NAME:
+    if header.get("serializer") != NAME or "array" not in header:
         return header
     return {
         **{key: value for key, value in header.items() if key != "array"},

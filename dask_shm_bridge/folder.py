@@ -26,9 +26,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from dask_shm_bridge import mapping
+from dask_shm_bridge import inspection, mapping
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import (
+    LedgerDamagedError,
     LedgerError,
     PoolError,
     PoolLayoutError,
@@ -194,12 +195,22 @@ def attach(settings: Settings, role: str) -> Attachment:
     try:
         with _locked(settings.path, create=True) as base:
             name = _current(base)
-            if name is None or not _in_use(name, base):
-                _remove_unused(base)
-                name = _create(settings, base)
-            else:
+            if name is not None and _in_use(name, base):
                 _remove_unused(base, keep=name)
-            return _join(settings, name, base, role)
+                try:
+                    return _join(settings, name, base, role)
+                except LedgerDamagedError as error:
+                    logger.warning(
+                        "the ledger of the pool in %s is damaged (%s): a new pool takes its place; "
+                        "processes that use the old one share nothing with those that come now",
+                        settings.path,
+                        error,
+                    )
+            else:
+                _remove_unused(base)
+            # A pool that nobody living uses was left by processes that died: never opened, it is
+            # replaced, whatever is in its files.
+            return _join(settings, _create(settings, base), base, role)
     except (OSError, LedgerError) as error:
         raise PoolError(
             f"the pool in {settings.path} can't be had ({error}): make room there, or set "
@@ -330,11 +341,11 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
         header = _read_header(path, name, pool)
         if settings.layout is not None and settings.layout != header.asked:
             raise PoolLayoutError(path, str(settings.layout), str(header.asked))
-        _check_ledger(directory)
         lock = mapping.open_file("ledger.lock", dir_fd=directory)
         stack.callback(os.close, lock)
         members = mapping.open_directory("members", dir_fd=directory)
         stack.callback(os.close, members)
+        _check_ledger(directory, header.layout, lock if _unclean(members) else None, settings)
         ledger = Ledger(
             os.path.join(path, name, "ledger"), lock, header.layout, settings.ledger_timeout_s
         )
@@ -355,12 +366,30 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
     return attachment
 
 
-def _check_ledger(directory: int) -> None:
-    """See that the ledger is there: LMDB would make another one beside that of the members."""
+def _unclean(members: int) -> bool:
+    """Say whether a member has died here without leaving, and nobody has swept since.
+
+    The files of members are the pool's clean mark: who leaves takes its own along, and who sweeps
+    has used the ledger after that death, and lives.
+    """
+    names = [name for name in os.listdir(members) if not name.startswith(mapping.GUARD_PREFIX)]
+    return any(not mapping.is_alive(name, dir_fd=members) for name in names)
+
+
+def _check_ledger(directory: int, layout: Layout, lock: int | None, settings: Settings) -> None:
+    """See that the ledger is there: LMDB would make another one beside that of the members.
+
+    With a `lock`, the ledger's own, it is walked through in a child process first.
+    """
+    nbytes = record_bytes(layout)
     with ExitStack() as stack:
         ledger = mapping.open_directory("ledger", dir_fd=directory)
         stack.callback(os.close, ledger)
-        os.close(mapping.open_file("data.mdb", dir_fd=ledger))
+        data = mapping.open_file("data.mdb", dir_fd=ledger)
+        stack.callback(os.close, data)
+        inspection.check_size(data, nbytes)
+        if lock is not None:
+            inspection.walk(data, lock, nbytes, settings.ledger_timeout_s)
 
 
 def _read_header(path: str, name: str, pool: int) -> Header:

@@ -20,6 +20,9 @@ HEADER_BYTES = 2 * 1024 * 1024  # slots start on a huge-page border; the header 
 FORMAT_VERSION = 1
 MAGIC = b"DASKSHMB"
 
+_MOST_SLOTS = 2**32 - 1
+_MOST_BYTES = 2**63 - 1
+
 DEFAULT_SIZE_BYTES = 4 * 1024**3
 DEFAULT_SLOT_BYTES = 256 * 1024**2
 REGION_NAMES = ("input", "output", "scratch")
@@ -63,6 +66,11 @@ class Layout:
             raise PoolError(
                 f"{self.slots} slots in regions {REGION_NAMES}: each must be 0 or more, and "
                 "together at least 1; change shm-bridge.pool.regions"
+            )
+        if max(self.slots) > _MOST_SLOTS or self.file_bytes > _MOST_BYTES:
+            raise PoolError(
+                f"{sum(self.slots)} slots of {self.slot_bytes} bytes: no pool is so large; change "
+                "shm-bridge.pool.size, slot-size or regions"
             )
 
     @property

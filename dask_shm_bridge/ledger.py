@@ -23,8 +23,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dask_shm_bridge import audit
 from dask_shm_bridge.errors import (
     ConnectionGoneError,
+    LedgerDamagedError,
     LedgerError,
     MemberGoneError,
     StaleTicketError,
@@ -123,10 +125,15 @@ class Ledger:
 
         Raises
         ------
+        LedgerDamagedError
+            If the tables are not such as members write them: they were damaged before.
         LedgerError
             If there is a member of this id.
         """
         with self.record.changing() as tables:
+            found = audit.faults(tables, self._layout)
+            if found:
+                raise LedgerDamagedError(f"the ledger is damaged: {'; '.join(found[:3])}")
             if member in tables.members:
                 raise LedgerError(f"there is a member {member} already")
             tables.members[member] = [pid, role, 0]

@@ -31,10 +31,27 @@ import lmdb
 import msgpack
 
 from dask_shm_bridge import mapping
-from dask_shm_bridge.errors import LedgerBusyError, LedgerError, LedgerFullError
+from dask_shm_bridge.errors import (
+    LedgerBusyError,
+    LedgerDamagedError,
+    LedgerError,
+    LedgerFullError,
+)
 
 _KEY = b"tables"
 _VERSION = struct.Struct("<Q")
+# What LMDB finds in a file that something else wrote to.
+_BY_LMDB = (
+    lmdb.BadTxnError,
+    lmdb.CorruptedError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)
+# What the rules run into where a row that they count on is not there, or is something else.
+_OF_DAMAGE = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 
 
 @dataclass(slots=True)
@@ -149,6 +166,8 @@ class Record:
             with self._env.begin(write=True, buffers=True) as txn:
                 yield self._load(txn)[1]
                 txn.abort()
+        except (*_BY_LMDB, *_OF_DAMAGE) as error:
+            raise LedgerDamagedError(f"the ledger is damaged: {error!r}") from error
         except lmdb.Error as error:
             raise LedgerError(f"the ledger can't be used: {error}") from error
         finally:
@@ -182,6 +201,8 @@ class Record:
                 self._known = version + 1, tables
         except lmdb.MapFullError:
             raise LedgerFullError("the ledger of the pool has no room left") from None
+        except (*_BY_LMDB, *_OF_DAMAGE) as error:
+            raise LedgerDamagedError(f"the ledger is damaged: {error!r}") from error
         except lmdb.Error as error:
             raise LedgerError(f"the ledger can't be used: {error}") from error
         finally:
@@ -196,7 +217,7 @@ class Record:
             if self._known is None or self._known[0] != version:
                 self._known = version, Tables.unpack(value[_VERSION.size :])
         except Exception as error:
-            raise LedgerError(f"the ledger is damaged: {error!r}") from error
+            raise LedgerDamagedError(f"the ledger is damaged: {error!r}") from error
         return self._known
 
     def _take(self, timeout_s: float | None) -> None:
@@ -239,5 +260,7 @@ def _open(path: str, nbytes: int, *, writemap: bool) -> lmdb.Environment:
             readahead=False,
             max_spare_txns=1,
         )
+    except _BY_LMDB as error:
+        raise LedgerDamagedError(f"the ledger in {path} is damaged: {error}") from error
     except lmdb.Error as error:
         raise LedgerError(f"the ledger in {path} can't be opened: {error}") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import psutil
 from distributed.protocol.utils import pack_frames_prelude
 from tornado.iostream import IOStream
 
@@ -68,9 +71,28 @@ def pack(frames: list[Any]) -> tuple[list[Any], list[Any]]:
     return [prelude, *frames[:joined]], frames[joined:]
 
 
+@cache
+def _most_bytes() -> int:
+    memory: int = psutil.virtual_memory().total + psutil.swap_memory().total
+    return memory
+
+
+def new_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return memory for what a peer says it will send: its pages come with what it sends.
+
+    Raises
+    ------
+    ValueError
+        If this machine could not hold so much: no memory is asked for.
+    """
+    if type(nbytes) is not int or not 0 <= nbytes <= _most_bytes():
+        raise ValueError(f"a peer announces {nbytes!r} bytes")
+    return np.empty(nbytes, np.uint8)
+
+
 async def read_buffer(stream: IOStream, nbytes: int) -> memoryview:
     """Read into a new buffer, writeable and of its own."""
-    buffer: memoryview = np.empty(nbytes, np.uint8).data
+    buffer: memoryview = new_buffer(nbytes).data
     await read_into(stream, buffer)
     return buffer
 

@@ -26,7 +26,7 @@ from placing import moved, placed
 
 from dask_shm_bridge import counters, pool, to_device
 from dask_shm_bridge.cuda import arrays, pinning, runtime, tasks, transfer, worker
-from dask_shm_bridge.errors import BridgeError
+from dask_shm_bridge.errors import BridgeError, HeaderError
 from dask_shm_bridge.layout import HEADER_BYTES
 
 MiB = 1024 * 1024
@@ -534,6 +534,22 @@ def test_no_device_can_be_an_error(cupy: Any, monkeypatch: pytest.MonkeyPatch) -
         dask.config.set({"shm-bridge.cuda.no-device": "error"}),
         pytest.raises(BridgeError, match="no CuPy or no GPU"),
     ):
+        deserialize(header, frames)
+
+
+@pytest.mark.parametrize("device", [True, False])
+@pytest.mark.parametrize(
+    "change", [{"shape": (11,)}, {"strides": (-8,)}, {"shape": None}, {"typestr": "|O8"}]
+)
+def test_a_header_that_does_not_fit_its_frame_is_refused(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, device: bool, change: dict[str, Any]
+) -> None:
+    header, frames = serialize(cupy.arange(10))
+    if not device:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        runtime.usable.cache_clear()
+    header["sub-header"] = {**header["sub-header"], **change}
+    with pytest.raises(HeaderError):
         deserialize(header, frames)
 
 

@@ -7,10 +7,11 @@ import pytest
 from distributed.protocol import deserialize, serialize
 from distributed.protocol.core import dumps, loads
 from distributed.protocol.numpy import serialize_numpy_ndarray
-from distributed.protocol.serialize import Serialize
+from distributed.protocol.serialize import Serialize, Serialized
 
 from dask_shm_bridge import family
 from dask_shm_bridge.copying import Copier, as_bytes
+from dask_shm_bridge.errors import HeaderError
 
 family.register()
 
@@ -132,3 +133,38 @@ def test_large_copies_by_several_threads(threads: int, order: str) -> None:
     copier.copy(target, x.data)
     copier.close()
     assert (target.reshape(x.shape) == x).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (2**32 + 1,), "strides": (2**32,)},  # wraps round in 64 bits
+        {"shape": (13,), "strides": (1,)},
+        {"shape": (2,), "strides": (-1,)},
+        {"shape": (3,), "strides": ()},
+        {"shape": (1.0,)},
+        {"dtype": (0, "O")},
+        {"dtype": (0, "(2,)u1")},
+        {"dtype": (1, b"cos\nsystem\n.")},
+        {"pickle": True},
+        {"dtype": None},
+    ],
+)
+def test_a_header_that_does_not_fit_its_frame_is_refused(change: dict[str, object]) -> None:
+    header, _ = family.dumps(np.arange(12, dtype=np.uint8))
+    with pytest.raises(HeaderError):
+        family.loads({"array": {**header["array"], **change}}, [bytearray(12)])
+
+
+def test_structured_arrays_come_as_they_were() -> None:
+    x = np.zeros(3, [("a", "<i4"), ("b", "<f8", (2,))])
+    x["a"] = [1, 2, 3]
+    header, frames = family.dumps(x)
+    y = family.loads(header, [bytearray(memoryview(frames[0]).cast("B"))])
+    assert y.dtype == x.dtype
+    assert (y == x).all()
+
+
+def test_a_relay_passes_on_what_it_can_not_translate() -> None:
+    header = {"serializer": family.NAME}
+    assert family.translated(Serialized(header, [])).header == header

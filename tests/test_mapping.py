@@ -609,8 +609,9 @@ def test_only_mapping_looks_at_the_platform():
 
 # each may import those before it, and nothing else of this package
 LAYERS = [
-    *("errors", "layout", "counters", "mapping", "legacy", "copying", "config"),
-    *("record", "ledger", "views", "shipment", "folder", "keeper", "pool", "fork"),
+    *("errors", "layout", "counters", "mapping", "legacy", "copying", "config", "array_header"),
+    *("record", "audit", "ledger", "views", "shipment", "walk", "inspection", "folder", "keeper"),
+    *("pool", "fork"),
 ]
 
 

@@ -77,6 +77,18 @@ def test_defaults_fit_the_schema() -> None:
         ("pool.regions", ["input"]),
         ("pool.regions", {"middle": 1}),
         ("pool.regions", {"input": 0}),
+        ("pool.regions", {"input": "1"}),
+        ("pool.regions", {"input": 2**40}),
+        ("pool.size", "1e30 B"),
+        ("pool.path", "a\0b"),
+        ("pool.path", ["a"]),
+        ("ledger-timeout", "nan s"),
+        ("ledger-timeout", float("inf")),
+        ("ledger-timeout", "-1s"),
+        ("threshold", [1]),
+        ("threshold", float("inf")),
+        ("copy-threads", 10**9),
+        ("tls", "no"),
     ],
 )
 def test_a_bad_value_is_named(key: str, value: object) -> None:

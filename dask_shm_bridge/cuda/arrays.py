@@ -32,8 +32,9 @@ from distributed.protocol.serialize import (
 )
 
 from dask_shm_bridge import config, counters, pool
+from dask_shm_bridge.array_header import array_over, check_within, counts, plain_dtype
 from dask_shm_bridge.cuda import runtime
-from dask_shm_bridge.errors import BridgeError
+from dask_shm_bridge.errors import BridgeError, HeaderError
 from dask_shm_bridge.family import CONTEXT
 from dask_shm_bridge.layout import GRAIN_BYTES
 from dask_shm_bridge.ledger import Grant
@@ -134,10 +135,21 @@ def _on_loop() -> bool:
 
 
 def deserialize(header: dict[str, Any], frames: list[Any]) -> Any:
-    """Build a CuPy array from its frame; a NumPy array where there is no GPU."""
+    """Build a CuPy array from its frame; a NumPy array where there is no GPU.
+
+    Raises
+    ------
+    HeaderError
+        If the header does not fit the frame.
+    """
+    # CuPy would read whatever lies beside the frame on the device.
+    shape, strides, dtype = _form(header)
+    if len(frames) != 1:
+        raise HeaderError(f"a CuPy array came in {len(frames)} frames")
     (frame,) = frames
     if not runtime.usable():
-        return _host_array(header, frame)
+        return _host_array(frame, shape, strides, dtype)
+    check_within(shape, strides, dtype.itemsize, memoryview(frame).nbytes)
     import cupy
 
     from dask_shm_bridge.cuda import transfer
@@ -147,14 +159,27 @@ def deserialize(header: dict[str, Any], frames: list[Any]) -> Any:
     if frame.nbytes:
         transfer.copy_to(int(memory.data.ptr), frame)
     return cupy.ndarray(
-        shape=tuple(header["shape"]),
-        dtype=header["typestr"],
+        shape=shape,
+        dtype=dtype,
         memptr=memory.data,
-        strides=tuple(header["strides"]),
+        strides=strides,
     )
 
 
-def _host_array(header: dict[str, Any], frame: Any) -> Any:
+def _form(header: Any) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any]]:
+    """Return shape, strides and type of a header."""
+    if not isinstance(header, dict):
+        raise HeaderError("a CuPy array came without a header")
+    return (
+        counts(header.get("shape"), "shape"),
+        counts(header.get("strides"), "strides", least=-(2**63)),
+        plain_dtype(header.get("typestr")),
+    )
+
+
+def _host_array(
+    frame: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
+) -> Any:
     if config.get("cuda.no-device") == "error":
         raise BridgeError(
             "a CuPy array arrived, and this process has no CuPy or no GPU: convert it in a task "
@@ -163,12 +188,7 @@ def _host_array(header: dict[str, Any], frame: Any) -> Any:
     counters.explain(
         "no-device", "CuPy arrays become NumPy arrays here, where there is no CuPy or no GPU"
     )
-    return np.ndarray(
-        tuple(header["shape"]),
-        np.dtype(header["typestr"]),
-        frame,
-        strides=tuple(header["strides"]),
-    )
+    return array_over(frame, shape, strides, dtype)
 
 
 def _loads_without_cupy(header: dict[str, Any], frames: list[Any]) -> Any:
@@ -245,7 +265,10 @@ def _plain(header: dict[str, Any]) -> dict[str, Any]:
 
 def rebuild(header: dict[str, Any], frames: Any) -> Any:
     """Build an array of its frame: on the device, as NumPy, or, in a scheduler, as a stand-in."""
+    if isinstance(frames, (list, tuple)) and len(frames) != 1:
+        raise HeaderError(f"a CuPy array came in {len(frames)} frames")
     (frame,) = frames if isinstance(frames, (list, tuple)) else (frames,)
+    _form(header)
     if _is_scheduler():
         return StandIn(_plain(header), frame)
     try:

@@ -115,6 +115,14 @@ def open_file(path: str, *, dir_fd: int, create: bool = False, exclusive: bool =
     return fd
 
 
+def memory_file(name: str) -> int:
+    """Open a new file of memory that no folder names; it ends with its last descriptor.
+
+    Whoever inherits the descriptor may open it by /proc/self/fd (memfd_create(2)).
+    """
+    return os.memfd_create(name, os.MFD_CLOEXEC)
+
+
 def _check(path: str, status: os.stat_result, forbidden: int) -> None:
     if status.st_uid != os.geteuid():
         raise PoolUnsafeError(

@@ -22,7 +22,7 @@ GuardLock: Any = _refuse
 Mapping: Any = _refuse
 MemberLock: Any = _refuse
 boot_id = commit = create_directory = filesystem_bytes = is_alive = _refuse
-open_directory = open_file = try_lock = unlock = _refuse
+memory_file = open_directory = open_file = try_lock = unlock = _refuse
 
 
 def default_pool_path() -> None:
