@@ -49,7 +49,7 @@ async def _add_to_scheduler(scheduler: Any) -> None:
 
 
 async def _add_to_worker(worker: Any) -> None:
-    from dask_shm_bridge.plugins import ShmWorkerPlugin
+    from dask_shm_bridge.plugins import ShmWorkerPlugin, add_to
 
     while worker.status in (Status.undefined, Status.init, Status.starting):
         await asyncio.sleep(0.01)
@@ -57,4 +57,4 @@ async def _add_to_worker(worker: Any) -> None:
         worker.status in (Status.running, Status.paused)
         and ShmWorkerPlugin.name not in worker.plugins
     ):
-        await worker.plugin_add(plugin=ShmWorkerPlugin(), name=ShmWorkerPlugin.name)
+        await add_to(worker)

@@ -37,6 +37,7 @@ class ShmWorkerPlugin(WorkerPlugin):
         if finish == "executing" and self.worker is not None:
             from dask_shm_bridge.cuda import tasks
 
+            tasks.place_again(self.worker, key)
             tasks.prepare(self.worker, key)
 
     def teardown(self, worker: Any) -> None:
@@ -45,7 +46,7 @@ class ShmWorkerPlugin(WorkerPlugin):
             from dask_shm_bridge.cuda import worker as gpu
 
             self.worker = None
-            gpu.teardown()
+            gpu.teardown(worker)
 
 
 class ShmNannyPlugin(NannyPlugin):
@@ -56,27 +57,43 @@ class ShmNannyPlugin(NannyPlugin):
 
     def setup(self, nanny: Any) -> None:
         """Replace the nanny's memory monitor."""
-        from dask_shm_bridge import upgrade
-
-        upgrade.upgrade_nanny(nanny)
+        upgrade_nanny(nanny)
 
 
-def _tolerant(plugin: type) -> Any:
-    """Return an instance of a plugin that a process without this package passes over."""
-    base = plugin.__mro__[1]
-    module, name = plugin.__module__, plugin.__name__
+async def add_to(worker: Any) -> None:
+    """Give a worker the plugin; one that it has is set up again, not replaced.
 
-    def setup(self: Any, server: Any = None, worker: Any = None, nanny: Any = None) -> Any:
+    Dask would tear it down first: what is registered with CUDA would be for a copy in flight.
+    """
+    plugin = worker.plugins.get(NAME)
+    if plugin is not None:
+        await plugin.setup(worker)
+        return
+    await worker.plugin_add(plugin=ShmWorkerPlugin(), name=NAME, catch_errors=False)
+
+
+def upgrade_nanny(nanny: Any) -> None:
+    """Make a nanny leave pool pages out of its worker's memory."""
+    from dask_shm_bridge import upgrade
+
+    upgrade.upgrade_nanny(nanny)
+
+
+def _tolerant(base: type, name: str, function: str) -> Any:
+    """Return a plugin that calls a function of this module, and passes over where there is none.
+
+    It goes by value: the process that it is sent to may not have this package.
+    """
+
+    def setup(self: Any, worker: Any = None, nanny: Any = None) -> Any:
         try:
-            import importlib
-
-            real = getattr(importlib.import_module(module), name)()
+            from dask_shm_bridge import plugins
         except ImportError:
             return None
-        return real.setup(server or worker or nanny)
+        return getattr(plugins, function)(worker or nanny)
 
-    members = {"setup": setup, "name": plugin.name, "idempotent": True}  # type: ignore[attr-defined]
-    return type(name, (base,), {**members, "__module__": "__main__"})()
+    members = {"setup": setup, "name": f"{name}-enable", "idempotent": True}
+    return type("Enabled", (base,), {**members, "__module__": "__main__"})()
 
 
 def _has_package() -> bool:
@@ -125,8 +142,8 @@ async def _enable(client: Any) -> dict[str, Any]:
             "environment, and call enable() again; until then everything stays on TCP"
         )
     await client.register_plugin(ShmSchedulerPlugin())
-    await client.register_plugin(_tolerant(ShmNannyPlugin))
-    await client.register_plugin(_tolerant(ShmWorkerPlugin))
+    await client.register_plugin(_tolerant(NannyPlugin, ShmNannyPlugin.name, "upgrade_nanny"))
+    await client.register_plugin(_tolerant(WorkerPlugin, NAME, "add_to"))
     done = await upgrade.upgrade_client(client)
     workers = await client.run(_finish, on_error="return")
     await client.run_on_scheduler(_finish_scheduler)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -244,10 +244,15 @@ class Pool:
 
         None where the pool has no room. The view is this process's; as the frame of a message
         it travels by reference. Runs `fill` on a thread of the pool, which is not left meanwhile.
-        `timeout_s` is for the ledger, if not as long as usual.
+        `timeout_s` is for the ledger and for a thread to begin, if not as long as usual.
         """
         try:
-            return self._jobs.submit(self._place, nbytes, fill, timeout_s).result()
+            job = self._jobs.submit(self._place, nbytes, fill, timeout_s)
+            wait([job], timeout_s)
+            if timeout_s is not None and job.cancel():  # not begun: all threads are busy
+                counters.fallback("busy")
+                return None
+            return job.result()
         except RuntimeError:  # the pool was left, or the interpreter shuts down
             if not self.closed:
                 raise
@@ -260,6 +265,7 @@ class Pool:
             self._check_open()
             (grant,) = self.ledger.allocate(self.member, [nbytes], region(), timeout_s)
         except LedgerError as error:
+            counters.fallback("ledger")
             counters.explain("ledger", f"an array can't be placed in the pool: {error!r}")
             return None
         if grant is None:
@@ -272,6 +278,8 @@ class Pool:
             self._touch(grant)
             fill(grant)
             view = self.views.claim(grant)
+            if view is None:
+                counters.fallback("overlap")
         except OSError:
             counters.fallback("no-memory")
         finally:

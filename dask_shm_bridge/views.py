@@ -197,12 +197,12 @@ class Views:
 
     def find(self, address: int, nbytes: int) -> Claim | None:
         """Return the leased claim that memory at `address` lies in, whole; None if none does."""
-        for which in range(len(self._mappings)):
-            base = self._mappings[which].address
-            if not base <= address < base + self._nbytes:
-                continue
-            offset = address - base
-            with self._lock:
+        with self._lock:
+            for which in range(len(self._mappings)):
+                base = self._mappings[which].address
+                if not base <= address < base + self._nbytes:
+                    continue
+                offset = address - base
                 place = bisect.bisect_right(self._starts[which], offset)
                 if not place:
                     return None
@@ -211,7 +211,7 @@ class Views:
                 end = start + claim.grant.nbytes
                 if claim.leased and start <= offset and offset + nbytes <= end:
                     return claim
-            return None
+                return None
         return None
 
     def holds(self, frame: Any) -> bool:
@@ -233,13 +233,13 @@ class Views:
             with self._lock:
                 if claim.leased:
                     claim.held += 1
+                    private = self._mappings[claim.mapping]
                 else:
                     claim = None
         if claim is None:
             yield None
             return
         try:
-            private = self._mappings[claim.mapping]
             offset = address - private.address
             yield Held(offset - HEADER_BYTES, partial(private.written, offset, nbytes))
         finally:

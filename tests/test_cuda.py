@@ -7,6 +7,7 @@ The stand-in does a copy only when somebody waits for it, and refuses what a GPU
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import os
 import pickle
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import stand_in
 from conftest import eventually
+from dask._task_spec import Task
 from distributed.protocol import deserialize, serialize
 from placing import moved, placed
 
@@ -28,6 +31,7 @@ from dask_shm_bridge import counters, pool, to_device
 from dask_shm_bridge.cuda import arrays, pinning, runtime, tasks, transfer, worker
 from dask_shm_bridge.errors import BridgeError, HeaderError
 from dask_shm_bridge.layout import HEADER_BYTES
+from scheduler_plugin.placement import Placement
 
 MiB = 1024 * 1024
 SLOT = 4 * MiB
@@ -231,7 +235,7 @@ def test_nothing_is_unregistered_under_a_copy(joined: pool.Pool, cupy: Any) -> N
     x = placed(joined, data)
     assert joined.pins.settle()
     pins, registered = joined.pins, set(cupy.fake.registered)
-    closing = threading.Thread(target=worker.teardown)
+    closing = threading.Thread(target=worker.teardown, args=[SimpleNamespace(id="worker")])
 
     def leave(copy: Any) -> None:
         if not closing.is_alive():
@@ -656,7 +660,6 @@ def test_pickling_while_cupy_is_being_imported(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("status", ["running", "paused", "closed"])
 def test_worker_gets_its_plugin_once_it_has_started(status: str) -> None:
     import asyncio
-    from types import SimpleNamespace
 
     from distributed.core import Status
 
@@ -664,7 +667,7 @@ def test_worker_gets_its_plugin_once_it_has_started(status: str) -> None:
 
     added = []
 
-    async def plugin_add(plugin: Any, name: str) -> None:
+    async def plugin_add(plugin: Any, name: str, catch_errors: bool) -> None:
         added.append(name)
 
     async def start() -> None:
@@ -677,6 +680,82 @@ def test_worker_gets_its_plugin_once_it_has_started(status: str) -> None:
 
     asyncio.run(start())
     assert added == ([] if status == "closed" else ["shm-bridge"])
+
+
+def test_what_takes_a_stand_in_needs_the_gpu(cupy: Any) -> None:
+    header, (frame,) = shared(cupy.asarray(numbers(MiB, 28)))
+    one = arrays.StandIn(header, frame)
+    needs_gpu = Placement(["cupy"]).needs_gpu
+    assert needs_gpu(Task("key", len, one)) and needs_gpu(Task("key", len, [{"x": one}]))
+    np.testing.assert_array_equal(copy.copy(one).get(), numbers(MiB, 28))
+
+
+def test_using_what_is_not_on_the_device_is_an_error(cupy: Any) -> None:
+    header, (frame,) = shared(cupy.asarray(numbers(MiB, 29)))
+    one = arrays.Unplaced(header, frame, MemoryError("full"))
+    # others look so what kind of thing it is, and are told that it is none of theirs
+    assert not hasattr(one, "__cuda_array_interface__") and "StandIn" in repr(one)
+    for use in (
+        np.asarray,
+        cupy.asarray,
+        hash,
+        str,
+        bool,
+        lambda x: x == 0,
+        lambda x: x != 0,
+        lambda x: f"{x}",
+        lambda x: x.sum(),
+    ):
+        with pytest.raises(BridgeError, match=r"could not be put on the GPU.*full"):
+            use(one)
+    assert [each is one for each in arrays.left.values()] == [True]
+    np.testing.assert_array_equal(one.again().get(), numbers(MiB, 29))
+
+
+def test_no_thread_to_place_an_array_in_time(joined: pool.Pool, cupy: Any) -> None:
+    go = threading.Event()
+    jobs = [joined._jobs.submit(go.wait, 60) for _ in range(joined._jobs._max_workers)]
+    before = counters.snapshot()["fallbacks"].get("busy", 0)
+    try:
+        assert joined.place(MiB, pytest.fail, timeout_s=0.01) is None
+    finally:
+        go.set()
+    assert all(job.result() for job in jobs)
+    assert counters.snapshot()["fallbacks"]["busy"] == before + 1
+
+
+def test_full_file_system_is_not_a_refusal(
+    joined: pool.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    slot = joined.pins._states.rindex(pinning._UNUSED)
+    monkeypatch.setattr(joined, "commit", full)
+    joined.pins.want(slot * SLOT, SLOT)
+    assert joined.pins.settle()
+    before = joined.pins.pinned_bytes
+    monkeypatch.undo()
+    joined.pins.want(slot * SLOT, SLOT)
+    assert joined.pins.settle()
+    assert joined.pins.pinned_bytes == before + SLOT
+
+
+def test_a_worker_that_must_have_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import asyncio
+
+    monkeypatch.setattr(runtime, "_NODES", ())
+    runtime.usable.cache_clear()
+    assert not runtime.usable()
+    with dask.config.set({"shm-bridge.cuda.worker": True}):
+        runtime.usable.cache_clear()
+        assert runtime.usable()
+        monkeypatch.setattr(runtime, "usable", lambda: False)
+        one = SimpleNamespace(address="shm://one", id="one")
+        assert asyncio.run(worker.setup(one)) is None
+    assert "shm://one has no CuPy or no GPU" in caplog.text
 
 
 def test_crowded_pool_is_no_error(joined: pool.Pool, cupy: Any) -> None:

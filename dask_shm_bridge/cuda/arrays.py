@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import copyreg
 import sys
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
@@ -21,6 +22,7 @@ from typing import Any
 
 import cloudpickle
 import numpy as np
+from distributed.protocol.cuda import cuda_deserialize, cuda_serialize
 from distributed.protocol.serialize import (
     dask_deserialize,
     dask_dumps,
@@ -50,7 +52,8 @@ def install() -> None:
     if "distributed.protocol.cupy" in sys.modules:
         _register()
     else:
-        for dispatch in (dask_serialize, dask_deserialize):
+        # Whichever of them meets CuPy first has all of Dask's registrations made.
+        for dispatch in (dask_serialize, dask_deserialize, cuda_serialize, cuda_deserialize):
             for module in ("cupy", "cupyx"):
                 dispatch.register_lazy(module)(_register)
     if runtime.has_cupy():
@@ -268,6 +271,8 @@ def rebuild(header: dict[str, Any], frames: Any) -> Any:
     if isinstance(frames, (list, tuple)) and len(frames) != 1:
         raise HeaderError(f"a CuPy array came in {len(frames)} frames")
     (frame,) = frames if isinstance(frames, (list, tuple)) else (frames,)
+    if isinstance(frame, _Bytes):  # by copy.copy of a stand-in, not by a pickle
+        frame = frame.frame
     _form(header)
     if _is_scheduler():
         return StandIn(_plain(header), frame)
@@ -290,6 +295,8 @@ class StandIn:
     frame : buffer
         Its bytes, in host memory.
     """
+
+    __shm_bridge_gpu__ = True  # what takes it belongs on the GPU worker, as with CuPy's own
 
     def __init__(self, header: dict[str, Any], frame: Any) -> None:
         self.header = header
@@ -316,12 +323,19 @@ class StandIn:
 class Unplaced(StandIn):
     """An array that a worker could not put on its device: passed on as it is, used an error.
 
-    Dask reads graphs from a stream whose errors close the worker, and gives the task to the next.
+    Dask reads graphs from a stream whose errors close the worker, and gives the task to the next;
+    an error in a transfer between workers would leave both waiting. Before a task uses it, the
+    copy is tried again (`dask_shm_bridge.cuda.tasks.place_again`).
     """
 
     def __init__(self, header: dict[str, Any], frame: Any, error: Exception) -> None:
         super().__init__(header, frame)
         self._error = error.with_traceback(None)  # its frames have device memory
+        left[id(self)] = self
+
+    def again(self) -> Any:
+        """Try the copy again: the CuPy array, or another of these."""
+        return rebuild(self.header, self.frame)
 
     def _used(self, *args: Any, **kwargs: Any) -> Any:
         raise BridgeError(
@@ -329,7 +343,7 @@ class Unplaced(StandIn):
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") and not name.endswith("array_interface__"):
+        if name.startswith("_"):  # asked for by hasattr, to see what kind of thing this is
             raise AttributeError(name)
         return self._used()
 
@@ -337,6 +351,10 @@ class Unplaced(StandIn):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _used
     __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __pow__ = _used
     __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = __array_ufunc__ = _used
+    __eq__ = __ne__ = __hash__ = __str__ = __format__ = _used
+
+
+left: weakref.WeakValueDictionary[int, Unplaced] = weakref.WeakValueDictionary()
 
 
 def _is_scheduler() -> bool:

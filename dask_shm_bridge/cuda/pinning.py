@@ -116,6 +116,10 @@ class Pins:
                 try:
                     self._register(slot)
                     state = _PINNED
+                except OSError as error:  # of the file system: there may be room later
+                    counters.fallback("no-memory")
+                    counters.explain("no-memory", f"a slot of the pool is not registered ({error})")
+                    state = _UNUSED
                 except Exception as error:
                     counters.fallback("not-pinned")
                     counters.explain(

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from dask_shm_bridge import counters
+from dask_shm_bridge import config, counters
 
 # What the kernel's drivers offer: NVIDIA's own, and that of WSL2.
 _NODES = ("/dev/nvidiactl", "/dev/dxg")
@@ -32,7 +32,7 @@ def has_cupy() -> bool:
 @cache
 def usable() -> bool:
     """Say whether CuPy finds a GPU. Imports it the first time; makes no CUDA context."""
-    if not possible():
+    if not possible() and not (config.get("cuda.worker") is True and has_cupy()):
         return False
     try:
         import cupy

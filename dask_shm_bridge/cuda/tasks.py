@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dask_shm_bridge import config, counters
+from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.layout import GRAIN_BYTES
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -41,6 +42,21 @@ def prepare(worker: Any, key: Any) -> None:
         logger.debug("the arguments of %r are not counted", key, exc_info=True)
     else:
         state.run_spec = task
+
+
+def place_again(worker: Any, key: Any) -> None:
+    """Put what a task depends on onto the device, where that failed when it arrived.
+
+    There may be room now; and what has failed once would fail each retry on this worker.
+    """
+    state = worker.state.tasks.get(key) if arrays.left else None
+    for dependency in getattr(state, "dependencies", ()):
+        try:
+            value = worker.data.get(dependency.key)
+            if isinstance(value, arrays.Unplaced):
+                worker.data[dependency.key] = value.again()
+        except Exception:  # the task will meet it
+            logger.debug("%r is not on the device", dependency.key, exc_info=True)
 
 
 class Watched:

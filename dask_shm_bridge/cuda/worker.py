@@ -17,6 +17,7 @@ logger = logging.getLogger("dask_shm_bridge")
 RESOURCE = "GPU"
 
 _report: dict[str, Any] | None = None
+_workers: set[str] = set()  # several may share a process
 
 
 def wanted() -> bool:
@@ -38,8 +39,16 @@ def wanted() -> bool:
 async def setup(worker: Any) -> dict[str, Any] | None:
     """Make a worker a GPU worker, if it has a GPU; return what it reported."""
     global _report
-    if not wanted() or not await asyncio.to_thread(runtime.usable):
+    if not wanted():
         return None
+    if not await asyncio.to_thread(runtime.usable):
+        if config.get("cuda.worker") is True:
+            logger.warning(
+                "shm-bridge.cuda.worker is true, but %s has no CuPy or no GPU: it works without",
+                worker.address,
+            )
+        return None
+    _workers.add(worker.id)
     arrays.install()
     report = _report = runtime.report()
     if config.get("cuda.pin"):
@@ -56,9 +65,12 @@ async def setup(worker: Any) -> dict[str, Any] | None:
     return report
 
 
-def teardown() -> None:
-    """Unregister what was registered with CUDA."""
+def teardown(worker: Any) -> None:
+    """Unregister what was registered with CUDA, if no other worker of this process uses it."""
     global _report
+    _workers.discard(worker.id)
+    if _workers:
+        return
     _report = None
     if _pin in pool.on_attach:
         pool.on_attach.remove(_pin)

@@ -247,6 +247,29 @@ def test_convert_arguments(client: Client) -> None:
         client.run(_configure, False)
 
 
+def test_enable_leaves_a_gpu_worker_as_it_is(client: Client) -> None:
+    x = tasks.numbers(SIZE, 17)
+    future = client.scatter(x, hash=False)
+    pinned = client.submit(tasks.settled, future, pure=False).result()
+    assert all(dask_shm_bridge.enable(client)["workers"].values())
+    assert client.submit(tasks.settled, future, pure=False).result() == pinned
+    test_arguments_are_counted_as_pageable(client)
+    test_convert_arguments(client)
+
+
+def test_enable_makes_a_gpu_worker(tmp_path: Path, pool_config: dict[str, Any], cupy: Any) -> None:
+    with (
+        Deployment(tmp_path, pool_config, workers=1, protocol="tcp") as deployment,
+        deployment.client(set_as_default=True) as client,
+    ):
+        assert client.submit(tasks.kind, tasks.numbers(SIZE, 18), pure=False).result() == "numpy"
+        for _ in range(2):
+            assert all(dask_shm_bridge.enable(client)["workers"].values())
+            reported(client)
+            test_arguments_are_counted_as_pageable(client)
+            test_convert_arguments(client)
+
+
 def _configure(on: bool) -> None:
     dask.config.set({"shm-bridge.cuda.convert-arguments": on})
 
@@ -287,6 +310,20 @@ def test_error_while_the_device_writes(client: Client, make: Any) -> None:
     client.run(tasks.well)
     again = client.submit(make, SIZE, 12, pure=False).result(60)
     assert (tasks.checked if make is tasks.device_numbers else tasks.checked_box)(again, 12)
+
+
+def test_dependency_is_tried_again(client: Client) -> None:
+    future = client.submit(tasks.device_numbers, SIZE, 19, pure=False)
+    wait(future)
+    assert sum(client.run(tasks.evict).values()) >= 1
+    client.run(tasks.fail, tasks.TO_DEVICE)
+    for _ in range(2):
+        failed = client.submit(tasks.checked, future, 19, pure=False)
+        with pytest.raises((BridgeError, AssertionError)):
+            failed.result(60)
+        failed.release()
+    client.run(tasks.well)
+    assert client.submit(tasks.checked, future, 19, pure=False).result(60)
 
 
 @pytest.mark.parametrize("nested", [False, True])
