@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import random
@@ -332,8 +333,41 @@ def audit(members: int) -> dict[str, Any]:
             return {"ok": True}
         if time.monotonic() > deadline:
             rows = {name: str(table)[:600] for name, table in joined.ledger.snapshot().items()}
-            return {"ok": False, "counts": counts, "rows": rows, "views": len(joined.views)}
+            return {"ok": False, "counts": counts, "rows": rows, "views": holders(joined)}
         time.sleep(0.02)
+
+
+def holders(joined: pool.Pool) -> list[str]:
+    """Say by which objects the views of this process are kept alive."""
+    # The collector does not know arrays: they are found through those that it knows.
+    everything = gc.get_objects()
+    arrays = {
+        id(o): o
+        for o in itertools.chain.from_iterable(map(gc.get_referents, everything))
+        if type(o) is np.ndarray
+    }
+    said = []
+    for claim in joined.views.oldest():
+        one: Any = claim._reference()
+        chain: list[Any] = [one, *(a for a in arrays.values() if a.base is one)]
+        one = chain[-1]
+        for _ in range(14):
+            known = {*map(id, chain), id(chain), id(everything), id(arrays)}
+            found = [o for o in gc.get_referrers(one) if id(o) not in known]
+            if not found:
+                break
+            one = found[0]
+            chain.append(one)
+        said.append(" < ".join(_name(link) for link in chain))
+    return said
+
+
+def _name(link: Any) -> str:
+    kind = type(link).__name__
+    if kind in ("frame", "coroutine"):
+        code = link.f_code if kind == "frame" else link.cr_code
+        return f"{kind} {code.co_qualname}"
+    return f"dict {list(link)[:6]}" if kind == "dict" else kind
 
 
 def ghost(channel: socket.socket) -> None:

@@ -85,8 +85,8 @@ class MissingPointError(AttributeError):
 _armed: tuple[Fault, Any] | None = None
 _report: Callable[[dict[str, Any]], None] = lambda message: None
 _folder: str | None = None
-_comm: contextvars.ContextVar[Any] = contextvars.ContextVar("comm", default=None)
-_task: contextvars.ContextVar[Any] = contextvars.ContextVar("task", default=None)
+_comm: contextvars.ContextVar[Any] = contextvars.ContextVar("comm", default=lambda: None)
+_task: contextvars.ContextVar[Any] = contextvars.ContextVar("task", default=lambda: None)
 _comms: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -186,13 +186,16 @@ def _track() -> None:
         @functools.wraps(function)
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             _comms.add(self)
-            comm = _comm.set(self)
-            task = _task.set((asyncio.get_running_loop(), asyncio.current_task()))
+            # Weakly: streams keep a copy of the context, and Dask's finalizers keep the streams.
+            task = asyncio.current_task()
+            assert task is not None
+            comm_token = _comm.set(weakref.ref(self))
+            task_token = _task.set(weakref.ref(task))
             try:
                 return await function(self, *args, **kwargs)
             finally:
-                _comm.reset(comm)
-                _task.reset(task)
+                _comm.reset(comm_token)
+                _task.reset(task_token)
 
         return call
 
@@ -249,16 +252,16 @@ def _cancel() -> bool:
         task = asyncio.current_task()
         if task is not None:
             return task.cancel()
-    if _task.get() is None:
+    task = _task.get()()
+    if task is None:
         return False
-    loop, task = _task.get()
-    loop.call_soon_threadsafe(task.cancel)
+    task.get_loop().call_soon_threadsafe(task.cancel)
     return True
 
 
 def _cut() -> bool:
     """End the connection that this step works for, or any, under the comm's feet."""
-    for comm in [_comm.get(), *list(_comms)]:
+    for comm in [_comm.get()(), *list(_comms)]:
         stream = getattr(comm, "stream", None)
         if stream is not None and not stream.closed():
             with contextlib.suppress(OSError, AttributeError):
