@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from faults import chaos, report
 from faults import direct as pairs
-from faults import report
 from faults.points import ACTIONS, POINTS
 
 
@@ -76,3 +79,77 @@ def direct(
         Path(path).write_text(json.dumps(result, indent=1))
     click.echo(report.direct_table(result))
     sys.exit(any(map(report.failed, outcomes)))
+
+
+@faults.command()
+@click.option("--rounds", default=1, help="Rounds, each with a cluster and a seed of its own.")
+@click.option("--kills", default=0, help="More rounds, until there were so many kills.")
+@click.option("--seconds", default=30.0, help="How long a round has faults.")
+@click.option("--jobs", default=1, help="Rounds at once; each wants two processors.")
+@click.option("--seed", default=1, help="Of the first round; the next has the next.")
+@click.option("--tcp/--no-tcp", default=False, help="Each seed over plain tcp as well.")
+@base
+@output
+def cluster(
+    rounds: int,
+    kills: int,
+    seconds: float,
+    jobs: int,
+    seed: int,
+    tcp: bool,
+    base: str,
+    path: str | None,
+) -> None:
+    """A cluster with two clients under all kinds of traffic, while its processes meet faults."""
+    began = time.monotonic()
+    found: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    protocols = ("shm", "tcp") if tcp else ("shm",)
+
+    def plan() -> Iterator[tuple[int, float, str, str]]:
+        for number in itertools.count():
+            if number >= rounds and sum(map(report.kills, found)) >= kills:
+                return
+            yield from ((seed + number, seconds, protocol, base) for protocol in protocols)
+
+    waiting = plan()
+    with context.Pool(jobs, maxtasksperchild=1) as processes:
+        running: list[Any] = []
+        while True:
+            while len(running) < jobs and (arguments := next(waiting, None)) is not None:
+                running.append(processes.apply_async(chaos.run_round, (arguments,)))
+            if not running:
+                break
+            ready = next((one for one in running if one.ready()), None)
+            if ready is None:
+                time.sleep(0.1)
+                continue
+            running.remove(ready)
+            found.append(ready.get())
+            text = "FAILED" if report.failed(found[-1]) else "ok"
+            click.echo(
+                f"{found[-1]['protocol']} {found[-1]['seed']}: {text}, "
+                f"{report.kills(found[-1])} kills, {found[-1]['seconds']} s",
+                err=True,
+            )
+            if report.failed(found[-1]):
+                click.echo(json.dumps(found[-1], indent=1).replace("\\n", "\n"))
+    result = {
+        "kind": "cluster",
+        "seed": seed,
+        "jobs": jobs,
+        "seconds": round(time.monotonic() - began),
+        "rounds": found,
+    }
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1))
+    click.echo(report.cluster_table(result))
+    sys.exit(any(report.failed(one) for one in found if one["protocol"] == "shm"))
+
+
+@faults.command("report")
+@click.argument("paths", nargs=-1, type=click.Path(exists=True, dir_okay=False))
+def read(paths: tuple[str, ...]) -> None:
+    """Write the tables of runs that were kept with --json."""
+    for path in paths:
+        click.echo(report.tables(json.loads(Path(path).read_text())) + "\n")

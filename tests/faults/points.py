@@ -83,7 +83,7 @@ class MissingPointError(AttributeError):
 
 
 _armed: tuple[Fault, Any] | None = None
-_report: Callable[[dict[str, Any]], None] = lambda message: None
+_report: Callable[[dict[str, Any]], None] = print
 _folder: str | None = None
 _comm: contextvars.ContextVar[Any] = contextvars.ContextVar("comm", default=lambda: None)
 _task: contextvars.ContextVar[Any] = contextvars.ContextVar("task", default=lambda: None)

@@ -21,7 +21,6 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from distributed import Client
-
 from process import tasks
 
 THREADS = 3

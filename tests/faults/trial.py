@@ -1,4 +1,4 @@
-"""One trial: two processes talk, one of them meets a fault, and then everything is accounted for."""
+"""One trial: two processes talk, one meets a fault, and then everything is accounted for."""
 
 from __future__ import annotations
 
@@ -369,4 +369,3 @@ class Trial:
             if not answer["audit"]["ok"]:
                 self.outcome.leaks.append(f"{process.role}: {answer['audit']}")
         return None
-
