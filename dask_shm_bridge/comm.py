@@ -169,7 +169,11 @@ class ShmTCP(TCP):
                 msg = family.translated(msg)
                 if serializers is not None and len(serializers) > 1:
                     serializers = [name for name in serializers if name != family.NAME]
-            nbytes: int = await super().write(msg, serializers=serializers, on_error=on_error)
+            stream = self.stream
+            try:
+                nbytes: int = await super().write(msg, serializers=serializers, on_error=on_error)
+            finally:
+                wire.disown(stream)
             counters.count("sent", "inline", nbytes)
             if self.remote_info and nbytes >= GRAIN_BYTES and nbytes >= self._threshold():
                 counters.fallback(self._cause)
@@ -288,6 +292,8 @@ class ShmTCP(TCP):
         except BaseException:
             self.abort()
             raise
+        finally:
+            wire.disown(stream)
         counters.count("sent", "inline", total, len(frames))
         return total
 
@@ -342,6 +348,8 @@ class ShmTCP(TCP):
             stream.write(data)
         except (StreamClosedError, SSLError) as error:
             convert_stream_closed_error(self, error)
+        finally:
+            wire.disown(stream)
 
     # ------------------------------------------------------------------------------ reading
 
@@ -353,12 +361,14 @@ class ShmTCP(TCP):
             try:
                 return await super().read(deserializers=deserializers)
             except BaseException:
+                wire.disown(stream)
                 if self.stream is None:
                     self._end_connection()
                 raise
         try:
             frames = await self._read_frames(shared, connection, stream)
         except (StreamClosedError, SSLError) as error:
+            wire.disown(stream)
             self.stream = None
             self._closed = True
             self._end_connection()
@@ -458,6 +468,7 @@ class ShmTCP(TCP):
 
     def abort(self) -> None:
         """Close at once; what was sent here and not read is given back."""
+        wire.disown(self.stream)
         super().abort()
         self._end_connection()
 

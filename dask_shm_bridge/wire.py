@@ -42,6 +42,16 @@ def unmeter(stream: Any) -> None:
         vars(stream).pop(name, None)
 
 
+def disown(stream: IOStream | None) -> None:
+    """Cut the traceback off the error that ended a stream, if one did.
+
+    Its frames lead back to whoever was reading or writing: to the comm and to the arrays in its
+    hands. Dask's finalizer of the comm refers to the stream, so that none of them would ever die.
+    """
+    if stream is not None and stream.error is not None:
+        stream.error.__traceback__ = None
+
+
 def nbytes_of(frame: Any) -> int:
     """Return the size of a frame in bytes."""
     return frame.nbytes if isinstance(frame, memoryview) else len(frame)

@@ -1,0 +1,1 @@
+"""Faults at the steps of the protocol, put there from outside (docs/reliability.md)."""
