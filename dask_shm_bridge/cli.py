@@ -29,3 +29,21 @@ def bench(arguments: tuple[str, ...]) -> None:
     from dask_shm_bridge.benchmarks.command import main
 
     raise SystemExit(main(list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def check(arguments: tuple[str, ...]) -> None:
+    """Look whether the pool and its ledger are right (--help for options)."""
+    from dask_shm_bridge.recovery.command import main
+
+    raise SystemExit(main("check", list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def sweep(arguments: tuple[str, ...]) -> None:
+    """Take away what dead processes left in the pool (--help for options)."""
+    from dask_shm_bridge.recovery.command import main
+
+    raise SystemExit(main("sweep", list(arguments)))

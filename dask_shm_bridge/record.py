@@ -148,6 +148,27 @@ class Record:
         finally:
             os.close(fd)
 
+    @staticmethod
+    def peek(path: str) -> bytes:
+        """Return the packed tables of the record in a folder, by opening it for reading alone.
+
+        Whoever calls this holds the record's lock. Damage to the file may end the process.
+        """
+        try:
+            size = os.stat(os.path.join(path, "data.mdb"), follow_symlinks=False).st_size
+            with (
+                lmdb.open(
+                    path, map_size=size, readonly=True, create=False, lock=False, readahead=False
+                ) as env,
+                env.begin() as txn,
+            ):
+                value = txn.get(_KEY)
+        except (lmdb.Error, OSError) as error:
+            raise LedgerError(f"the ledger in {path} can't be read: {error}") from error
+        if value is None or len(value) < _VERSION.size:
+            raise LedgerError(f"the ledger in {path} holds no tables")
+        return bytes(value[_VERSION.size :])
+
     def close(self) -> None:
         """Close the environment; the record stays."""
         with self._mutex:

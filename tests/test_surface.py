@@ -140,7 +140,10 @@ def test_the_command_imports_click_alone(python) -> None:
     assert not [name for name in new if name.startswith(heavy)]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["demo", "--help"], ["bench", "--help"], ["check", "--help"], ["sweep", "--help"]],
+)
 def test_help(arguments: list[str]) -> None:
     result = CliRunner().invoke(shm, arguments)
     assert result.exit_code == 0, result.output
