@@ -1,4 +1,4 @@
-"""An hour of traffic: does anything grow that should not?
+"""An hour of traffic, and what grows over it that should not.
 
 Run ``python -m dask_shm_bridge.benchmarks.endurance --help``. A scheduler, two workers and a
 client, each a process, move arrays in every way that Dask has, without a pause; what they hold is
@@ -157,9 +157,9 @@ def draw(path: str, census: Census) -> None:
     series = census.series()
     panels: dict[str, dict[str, list[float]]] = {}
     for name, values in series.items():
-        process, _, figure = name.partition(" ")
+        process, _, what = name.partition(" ")
         if process in census.pids:
-            panels.setdefault(figure, {})[process] = values
+            panels.setdefault(what, {})[process] = values
         else:
             panels[name] = {"": values}
     columns = 2
