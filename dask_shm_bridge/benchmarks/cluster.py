@@ -40,11 +40,13 @@ class ProcessCluster:
         Protocol of every connection: ``tcp``, ``shm``.
     workers
         How many worker processes.
+    default
+        Whether the client is the default one of this process, as actors need it.
 
     Attributes
     ----------
     client : distributed.Client
-        Not the default client of the process. There from entering to leaving the context.
+        There from entering to leaving the context.
     pids : dict of str to int
         Process ids by role: ``client``, ``scheduler``, ``worker-0``, and so on.
 
@@ -57,9 +59,10 @@ class ProcessCluster:
 
     client: Client
 
-    def __init__(self, protocol: str, workers: int = 2) -> None:
+    def __init__(self, protocol: str, workers: int = 2, *, default: bool = False) -> None:
         self.protocol = protocol
         self.workers = workers
+        self.default = default
         self.pids: dict[str, int] = {"client": os.getpid()}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = contextlib.ExitStack()
@@ -97,7 +100,7 @@ class ProcessCluster:
                 f"worker-{number}",
                 [address, *place, *alone, "--name", f"worker-{number}"],
             )
-        self.client = Client(address, set_as_default=False, timeout=START_SECONDS)
+        self.client = Client(address, set_as_default=self.default, timeout=START_SECONDS)
         try:
             self.client.wait_for_workers(self.workers, timeout=START_SECONDS)
         except TimeoutError:

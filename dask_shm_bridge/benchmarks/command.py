@@ -117,7 +117,7 @@ def benchmarks(
         "workers": workers,
         "tiny_tasks_per_run": tiny_tasks,
     }
-    _quieten()
+    quieten()
     with lineup(protocols, workers, tiny_tasks, scratch) as ways:
         for way in ways:
             if isinstance(way, DiskWay):
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(status or 0)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Large graphs are what is measured here, not an oversight to be warned of."""
     warnings.filterwarnings("ignore", message="Sending large graph")
     logging.getLogger("distributed").setLevel(logging.ERROR)

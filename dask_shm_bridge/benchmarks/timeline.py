@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dask_shm_bridge.benchmarks import critical, dask_way, tracing
 from dask_shm_bridge.benchmarks.cases import MemcpyWay
-from dask_shm_bridge.benchmarks.command import _quieten, names, sizes_of
+from dask_shm_bridge.benchmarks.command import names, quieten, sizes_of
 from dask_shm_bridge.benchmarks.critical import OWNERS, Passage
 from dask_shm_bridge.benchmarks.dask_way import DaskWay
 from dask_shm_bridge.benchmarks.lineup import lineup
@@ -149,7 +149,7 @@ def timeline(
 ) -> None:
     """Divide the time of transfers among the steps that they wait for, one after the other."""
     console = Console()
-    _quieten()
+    quieten()
     results: dict[str, dict[str, Any]] = {}
     array = generate(size[0], 0)
     number = 0
