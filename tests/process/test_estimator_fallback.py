@@ -12,9 +12,10 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from dask_shm_bridge import counters, remote
+from dask_shm_bridge.cuml import options
 from dask_shm_bridge.errors import BridgeError
 
 
@@ -148,6 +149,26 @@ def test_remote_functions(client: Client, data: Any) -> None:
         remote("cuml.metrics.no_such_score")(y, y)
     with pytest.raises(ValueError, match="dotted path"):
         remote("accuracy")
+
+
+def mean_of(model: Any, X: np.ndarray) -> float:
+    return float(np.mean(model.predict(X)))
+
+
+def test_a_model_in_the_graph_of_a_scheduler_in_this_process(data: Any) -> None:
+    """The scheduler unpickles it on the event loop that has to answer where the model is."""
+    from dask_shm_bridge.cuml.linear_model import Ridge
+
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+        ) as cluster,
+        Client(cluster.scheduler_address) as client,
+        options(client=client),
+    ):
+        model = Ridge().fit(*data)
+        found = client.submit(mean_of, model, data[0]).result(timeout=60)
+        assert found == pytest.approx(float(np.mean(model.predict(data[0]))))
 
 
 # ------------------------------------------------------------------------ check_estimator
