@@ -184,7 +184,7 @@ def attribute(model: Model, name: str) -> Any:
     async def fetch() -> Any:
         future = await model.future(client)
         outcome = await session.attribute(client, future, model.gpu, name)
-        model.cache[name] = session.received(outcome, model.path, "")
+        model.cache[name] = session.received(outcome, "")
         return model.cache[name]
 
     return session.run(client, fetch)

@@ -564,7 +564,7 @@ def test_a_worker_that_dies_with_its_model(
 
 
 def test_a_users_catch_warnings_that_outlives_a_call() -> None:
-    """Thread A is in a call when thread C enters catch_warnings; A ends, then C, then a new call."""
+    """Thread A is in a call when C enters catch_warnings; A ends, then C; then a new call."""
     from dask_shm_bridge.cuml import warned
 
     with warnings.catch_warnings(record=True) as said:
