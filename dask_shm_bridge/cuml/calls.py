@@ -71,7 +71,7 @@ def method(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     async def call() -> Any:
         future = await model.future(client)
         outcome = await session.call(client, recipe, arguments, future, model.worker)
-        return session.received(outcome, model.path, estimator._version)
+        return session.received(outcome, estimator._version)
 
     return session.run(client, call)
 
@@ -101,9 +101,9 @@ def _fit(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         else:
             recipe.gpu = await session.has_gpu(client, recipe.path, bool(entry.get("counterpart")))
         made, outcome, value = await session.fit(
-            client, recipe, arguments, future, old.worker if old is not None else None
+            client, recipe, arguments, future, old.worker if old is not None and goes_on else None
         )
-        what = session.received(outcome, recipe.path, estimator._version)
+        what = session.received(outcome, estimator._version)
         estimator._model = Model(made, recipe.path, recipe.gpu, recipe.params, outcome)
         if value is not None and lazy.is_collection(first):
             return lazy.of_value(first, value, what)
@@ -130,7 +130,7 @@ def _lazy(
     async def build() -> Any:
         future = await model.future(client)
         outcome = await session.call(client, recipe, sample, future, model.worker)
-        what = session.received(outcome, model.path, estimator._version)
+        what = session.received(outcome, estimator._version)
         recipe.plain = lazy.block_plain(recipe.plain)
         return lazy.by_block(collection, recipe, future, what)
 
@@ -162,7 +162,7 @@ def function(
         if arguments.futures:
             return session.later(client, recipe, arguments, None)
         outcome = await session.call(client, recipe, arguments, None, None)
-        return session.received(outcome, path, "")
+        return session.received(outcome, "")
 
     return session.run(client, call)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import Any
 
@@ -114,9 +115,12 @@ class Model:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         clients.remember(self.home)
+        # Connect when it is used; but where a client is at hand, hold the model from now on. Not on
+        # an event loop: it may be the scheduler's, which unpickles graphs there and has to answer.
+        if _on_event_loop():
+            return
         client = clients.current()
-        # Connect when it is used; but where a client is at hand, hold the model from now on.
-        if _is_connected(client, self.home) and not client.asynchronous:
+        if _is_connected(client, self.home):
             self._future = _known(client, self._key)
 
 
@@ -130,6 +134,14 @@ def same(value: Any, default: Any) -> bool:
         return bool(value == default) or bool(value != value and default != default)
     except Exception:  # an array
         return False
+
+
+def _on_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_connected(client: Any, home: clients.Home) -> bool:
@@ -172,7 +184,7 @@ def attribute(model: Model, name: str) -> Any:
     async def fetch() -> Any:
         future = await model.future(client)
         outcome = await session.attribute(client, future, model.gpu, name)
-        model.cache[name] = session.received(outcome, model.path, "")
+        model.cache[name] = session.received(outcome, "")
         return model.cache[name]
 
     return session.run(client, fetch)

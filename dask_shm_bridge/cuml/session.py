@@ -20,7 +20,7 @@ from dask_shm_bridge.errors import BridgeError
 GPU_SHARE = {"GPU": 2**-20}
 
 
-def run(client: Any, function: Callable[[], Awaitable[Any]], stacklevel: int = 3) -> Any:
+def run(client: Any, function: Callable[[], Awaitable[Any]]) -> Any:
     """Run a coroutine function for a call of the user's, with the time limit of `clients.options`.
 
     Returns its result, or for an asynchronous client an awaitable of it. Past the time limit, or
@@ -29,11 +29,12 @@ def run(client: Any, function: Callable[[], Awaitable[Any]], stacklevel: int = 3
     limit = clients.timeout()
 
     async def limited() -> Any:
-        if limit is None:
-            return await function()
         try:
-            return await asyncio.wait_for(function(), limit)
+            async with asyncio.timeout(limit) as timer:
+                return await function()
         except TimeoutError:
+            if not timer.expired():  # the call's own
+                raise
             raise TimeoutError(
                 f"not done after {limit:g} s; the remote task was cancelled"
             ) from None
@@ -67,13 +68,31 @@ def submit(client: Any, name: str, gpu: bool, label: str, *args: Any) -> Any:
     )
 
 
-async def identity(client: Any) -> dict[str, Any]:
-    """Return the scheduler's workers by address, once there is one."""
-    while True:
-        found = await client.scheduler.identity(n_workers=-1)
-        if found["workers"]:
-            return dict(found["workers"])
-        await asyncio.sleep(0.1)
+def _any(worker: dict[str, Any]) -> bool:
+    return True
+
+
+def _running(worker: dict[str, Any]) -> bool:
+    return bool(worker.get("status") == "running")  # neither paused nor about to leave
+
+
+async def identity(
+    client: Any, ready: Callable[[dict[str, Any]], bool] = _any
+) -> dict[str, dict[str, Any]]:
+    """Return the scheduler's workers by address that are `ready`, once there is one."""
+    wanted = None
+    try:
+        while True:
+            workers = (await client.scheduler.identity(n_workers=-1))["workers"]
+            found = {address: worker for address, worker in workers.items() if ready(worker)}
+            if found:
+                return found
+            if wanted is None:  # a cluster that adapts to its work starts no worker without any
+                wanted = client.submit(int, pure=False)
+            await asyncio.sleep(0.1)
+    finally:
+        if wanted is not None:
+            wanted.release()
 
 
 async def has_gpu(client: Any, path: str, counterpart: bool) -> bool:
@@ -114,7 +133,7 @@ async def ship(client: Any, arguments: Arguments, worker: str | None, gpu: bool)
     values = list(arguments.values)
     large = [values[index] for index in arguments.large]
     if large:
-        workers = await identity(client)
+        workers = await identity(client, _running)
         # All to one worker: the call needs them in one place.
         chosen = worker if worker in workers else random.choice(_suitable(workers, gpu))
         sent = await client.scatter(large, workers=[chosen], hash=False, asynchronous=True)
@@ -157,7 +176,7 @@ async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[A
         raise
 
 
-def received(result: Outcome, path: str, version: str) -> Any:
+def received(result: Outcome, version: str) -> Any:
     """Return an outcome's value, once its warnings and conversions are said again here."""
     for library in result.converted:
         counters.explain(
@@ -227,6 +246,8 @@ async def attribute(client: Any, model: Any, gpu: bool, name: str) -> Outcome:
 
 async def describe(client: Any, path: str) -> dict[str, Any]:
     """Let a GPU worker describe what cuML has under a name."""
+    if not (await client.scheduler.identity(n_workers=-1))["workers"]:
+        raise BridgeError("there is no worker that could describe it")  # a misspelt name won't wait
     await has_gpu(client, path, counterpart=False)
     future = submit(client, "describe_path", True, "cuml", path)
     (result,) = await finished(client, [future], [future])

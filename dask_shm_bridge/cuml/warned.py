@@ -36,7 +36,7 @@ def recorded() -> Iterator[list[Warning]]:
 
     `warnings.catch_warnings` changes the whole process, and two of them that overlap in two
     threads leave the filters of one behind. So the first in sets them and the last out puts
-    them back; whatever other threads say in between is shown as before.
+    them back. Other threads' warnings are shown in between, repeated ones too.
     """
     global _shown
     ident = threading.get_ident()
@@ -44,7 +44,10 @@ def recorded() -> Iterator[list[Warning]]:
     with _lock:
         outer = _records.get(ident)
         if not _records:
-            _shown = warnings.showwarning
+            # A user's catch_warnings that began during an earlier call and ended after it put our
+            # hook back: it is not to lead to itself.
+            if warnings.showwarning is not _show:
+                _shown = warnings.showwarning
             _stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("always")
             warnings.showwarning = _show

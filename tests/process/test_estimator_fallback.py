@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import pickle
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
+from distributed.core import Status
 
 from dask_shm_bridge import counters, remote
+from dask_shm_bridge.cuml import options
 from dask_shm_bridge.errors import BridgeError
 
 
@@ -148,6 +154,91 @@ def test_remote_functions(client: Client, data: Any) -> None:
         remote("cuml.metrics.no_such_score")(y, y)
     with pytest.raises(ValueError, match="dotted path"):
         remote("accuracy")
+
+
+@pytest.fixture
+def local_cluster() -> Iterator[Any]:
+    """Make clusters in this process, each of which is closed with its client."""
+    with contextlib.ExitStack() as stack:
+
+        def make(workers: int, **kwargs: Any) -> tuple[LocalCluster, Client]:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=2,
+                processes=False,
+                dashboard_address=None,
+                **kwargs,
+            )
+            stack.enter_context(cluster)
+            client = Client(cluster.scheduler_address, set_as_default=False)
+            stack.enter_context(client)
+            stack.enter_context(options(client=client, timeout="30s"))
+            return cluster, client
+
+        yield make
+
+
+def mean_of(model: Any, X: np.ndarray) -> float:
+    return float(np.mean(model.predict(X)))
+
+
+def test_a_model_in_the_graph_of_a_scheduler_in_this_process(
+    local_cluster: Any, data: Any
+) -> None:
+    """The scheduler unpickles it on the event loop that has to answer where the model is."""
+    from dask_shm_bridge.cuml.linear_model import Ridge
+
+    _, client = local_cluster(1)
+    model = Ridge().fit(*data)
+    found = client.submit(mean_of, model, data[0]).result(timeout=60)
+    assert found == pytest.approx(float(np.mean(model.predict(data[0]))))
+
+
+def test_a_cluster_that_has_no_worker_yet(local_cluster: Any, data: Any) -> None:
+    """One that adapts to its work starts workers for tasks only."""
+    from dask_shm_bridge.cuml import linear_model
+
+    cluster, _ = local_cluster(0)
+    with pytest.raises(AttributeError, match="no worker that could describe it"):
+        linear_model.Bridge  # noqa: B018
+    cluster.adapt(minimum=0, maximum=1, interval="50ms", wait_count=1000)
+    assert linear_model.Ridge().fit(*data).score(*data) > 0
+
+
+def test_no_data_goes_to_a_paused_worker(local_cluster: Any) -> None:
+    from dask_shm_bridge.cuml.decomposition import PCA
+
+    cluster, _ = local_cluster(2)
+    X = np.random.default_rng(0).random((20_000, 8))  # large: it is scattered
+    model = PCA(n_components=2).fit(X)
+    (first,) = (w for w in cluster.workers.values() if w.address == model._model.worker)
+    first.status = Status.paused
+    states = cluster.scheduler.workers
+    deadline = time.monotonic() + 10
+    while states[first.address].status is not Status.paused:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(3):
+        assert model.fit(X)._model.worker != first.address
+    assert model.transform(X).shape == (20_000, 2)
+
+
+def test_an_error_that_is_a_timeout_of_its_own() -> None:
+    from dask_shm_bridge.cuml import session
+
+    class Asynchronous:
+        asynchronous = True
+
+    async def fail() -> None:
+        raise TimeoutError("of the call itself")
+
+    async def call(timeout: float | None) -> None:
+        with options(timeout=timeout):
+            await session.run(Asynchronous(), fail)
+
+    for timeout in (None, 30.0):
+        with pytest.raises(TimeoutError, match="of the call itself"):
+            asyncio.run(call(timeout))
 
 
 # ------------------------------------------------------------------------ check_estimator

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -560,3 +561,22 @@ def test_a_worker_that_dies_with_its_model(
             with pytest.raises(BridgeError, match="fit the estimator again"):
                 remote.transform(np.ones((4, 8)))
             del remote
+
+
+def test_a_users_catch_warnings_that_outlives_a_call() -> None:
+    """Thread A is in a call when C enters catch_warnings; A ends, then C; then a new call."""
+    from dask_shm_bridge.cuml import warned
+
+    with warnings.catch_warnings(record=True) as said:
+        call, users = warned.recorded(), warnings.catch_warnings()
+        call.__enter__()
+        users.__enter__()
+        call.__exit__(None, None, None)
+        users.__exit__(None, None, None)  # puts the call's hook back
+        with warned.recorded() as record:
+            warnings.warn("of the call", stacklevel=1)
+            other = threading.Thread(target=warnings.warn, args=("of another thread",))
+            other.start()
+            other.join()
+        assert [str(w) for w in record] == ["of the call"]
+        assert [str(w.message) for w in said] == ["of another thread"]
