@@ -1,129 +1,220 @@
-"""Whether the tables of a ledger are such as its members can have written them.
+"""The rules of the ledger, held against its tables. Nothing here sees files or processes.
 
-An attacher looks before it trusts them: an offset that is taken from a damaged table would be
-somebody else's bytes.
+A process that joins looks before it trusts them: an offset from a damaged table would be somebody
+else's bytes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from dask_shm_bridge.layout import GRAIN_BYTES, REGION_NAMES, Layout, grains
-from dask_shm_bridge.record import Tables
+from dask_shm_bridge.layout import GRAIN_BYTES, REGION_NAMES, Layout
+from dask_shm_bridge.record import MAX_EXTENTS, Tables
 
 
-def faults(tables: Tables, layout: Layout) -> list[str]:
-    """Return what is wrong with tables, whatever they hold; an empty list where nothing is.
+@dataclass(frozen=True, order=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Parameters
+    ----------
+    kind : str
+        What sort of thing, in a word or two.
+    subject : str
+        Which one: a path, or a row of the ledger. Two findings of one kind and subject are equal.
+    text : str
+        A sentence for people.
+    """
+
+    kind: str
+    subject: str
+    text: str = field(compare=False)
+
+
+def malformed(tables: Tables) -> str | None:
+    """Say what is no table of a ledger, if anything; the rules can't be asked before."""
+    try:
+        for name in ("extents", "leases", "connections", "members"):
+            if type(getattr(tables, name)) is not dict:
+                return f"{name} is no table"
+        _numbers([tables.next])
+        number, region, nbytes = tables.pressure
+        _numbers([number, nbytes])
+        if region not in REGION_NAMES:
+            return f"pressure names the region {region!r}"
+        if type(tables.free) is not list:
+            return "free is no table"
+        for row in tables.free:
+            _numbers(row, 2)
+        for table, width in ((tables.extents, 4), (tables.leases, 2)):
+            for key, row in table.items():
+                _numbers([key, *row], 1 + width)
+        for connection, (receiver, tickets) in tables.connections.items():
+            _numbers([connection, receiver])
+            if type(tickets) is not dict:
+                return f"the tickets of connection {connection} are no table"
+            for ticket, row in tickets.items():
+                _numbers([ticket, *row], 4)
+        for member, (pid, role, held) in tables.members.items():
+            _numbers([member, pid, held])
+            if type(role) is not str:
+                return f"the role of member {member:016x} is {role!r}"
+    except (TypeError, ValueError, AttributeError) as error:
+        return f"a row has the wrong form ({error})"
+    return None
+
+
+def _numbers(row: Any, width: int | None = None) -> None:
+    if type(row) is not list:
+        raise TypeError(f"{row!r:.100} is no row")
+    if width is not None and len(row) != width:
+        raise ValueError(f"{len(row)} fields where there are {width}")
+    for number in row:
+        if type(number) is not int:
+            raise TypeError(f"{number!r:.100} is no whole number")
+
+
+def audit(tables: Tables, layout: Layout) -> list[Finding]:
+    """Return what breaks the rules of the ledger.
 
     Parameters
     ----------
     tables : Tables
-        As they were read, of any types.
+        All rows, as one transaction saw them. Not changed.
     layout : Layout
-        How the pool is divided.
+        Of the pool.
     """
-    found = list(_of_form(tables))
-    return found or list(_of_sums(tables, layout))
+    wrong = malformed(tables)
+    if wrong is not None:
+        return [Finding("tables", "ledger", f"the ledger is damaged: {wrong}")]
+    return [
+        *_space(tables, layout),
+        *_names(tables),
+        *_ids(tables),
+    ]
 
 
-def _number(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value < 1 << 64
-
-
-def _row(value: Any, length: int) -> bool:
-    return type(value) is list and len(value) == length and all(map(_number, value))
-
-
-def _of_form(tables: Tables) -> Iterator[str]:
-    """See that each table has rows of the right form."""
-    if not _number(tables.next, 1):
-        yield "the next id is no number"
-    pressure: Any = tables.pressure
-    if (
-        type(pressure) is not list
-        or len(pressure) != 3
-        or not (_number(pressure[0]) and _number(pressure[2]))
-        or type(pressure[1]) is not str
-        or pressure[1] not in REGION_NAMES
-    ):
-        yield "the row of pressure is malformed"
-    free: Any = tables.free
-    if type(free) is not list or not all(_row(run, 2) for run in free):
-        yield "the table of free runs is malformed"
-    checks: dict[str, Callable[[Any], bool]] = {
-        "extents": lambda row: _row(row, 4),
-        "leases": lambda row: _row(row, 2),
-        "connections": _is_connection,
-        "members": _is_member,
-    }
-    for name, check in checks.items():
-        table = getattr(tables, name)
-        if type(table) is not dict:
-            yield f"there is no table of {name}"
-        elif not all(_number(id_) and check(row) for id_, row in table.items()):
-            yield f"the table of {name} is malformed"
-        elif name != "members" and any(id_ >= tables.next for id_ in table if _number(tables.next)):
-            yield f"the table of {name} has an id that was not given out yet"
-
-
-def _is_connection(row: Any) -> bool:
-    return (
-        type(row) is list
-        and len(row) == 2
-        and _number(row[0])
-        and type(row[1]) is dict
-        and all(_number(number) and _row(ticket, 3) for number, ticket in row[1].items())
-    )
-
-
-def _is_member(row: Any) -> bool:
-    return (
-        type(row) is list
-        and len(row) == 3
-        and _number(row[0])
-        and type(row[1]) is str
-        and _number(row[2])
-    )
-
-
-def _of_sums(tables: Tables, layout: Layout) -> Iterator[str]:
-    """See that the tables agree with one another and with the pool."""
-    spans = [(offset, length) for offset, length in tables.free]
-    spans += [(row[0], row[1]) for row in tables.extents.values()]
-    end = 0
-    for offset, length in sorted(spans):
-        if offset != end or length <= 0 or length % GRAIN_BYTES:
-            yield f"free runs and extents leave a gap, or overlap, at {min(offset, end)}"
-            return
+def _space(tables: Tables, layout: Layout) -> Iterator[Finding]:
+    """See that every byte is in exactly one extent or free run."""
+    runs = [(offset, length, "free run", f"free at {offset}") for offset, length in tables.free]
+    runs += [
+        (row[0], row[1], f"extent {extent}", f"extent {extent}")
+        for extent, row in tables.extents.items()
+    ]
+    good = []
+    for offset, length, name, subject in runs:
         end = offset + length
-    if end != layout.size_bytes:
-        yield f"free runs and extents end at {end} of {layout.size_bytes}"
-    for before, after in zip(tables.free, tables.free[1:], strict=False):
-        if sum(before) >= after[0]:
-            yield f"the free runs at {before[0]} and {after[0]} touch, or are out of order"
-            return
+        if offset < 0 or length <= 0 or end > layout.size_bytes:
+            yield Finding(
+                "outside", subject, f"{name} is [{offset}, {end}), not within the pool's slots"
+            )
+        elif offset % GRAIN_BYTES or length % GRAIN_BYTES:
+            yield Finding("grains", subject, f"{name}, [{offset}, {end}), is not of whole grains")
+        else:
+            good.append((offset, length, name, subject))
+    for extent, (_, length, nbytes, _) in tables.extents.items():
+        if not length - GRAIN_BYTES < nbytes <= length:
+            yield Finding(
+                "size", f"extent {extent}", f"extent {extent} of {length} bytes holds {nbytes}"
+            )
+    if tables.free != sorted(tables.free):
+        yield Finding("order", "free", "the free runs are not in the order of their offsets")
+    reached, before = 0, ("", "")
+    for offset, length, name, subject in sorted(good):
+        if offset < reached:
+            yield Finding(
+                "overlap", f"{before[1]}, {subject}", f"{before[0]} and {name} overlap at {offset}"
+            )
+        elif offset > reached:
+            yield _leak(reached, offset)
+        if offset + length > reached:
+            reached, before = offset + length, (name, subject)
+    if reached < layout.size_bytes:
+        yield _leak(reached, layout.size_bytes)
+    for (offset, length), (following, _) in pairwise(sorted(tables.free)):
+        if offset + length == following:
+            yield Finding("split", f"free at {following}", f"free runs touch at {following}")
+    if len(tables.extents) > MAX_EXTENTS:
+        yield Finding("many", "extents", f"{len(tables.extents)} extents; {MAX_EXTENTS} may be")
+
+
+def _leak(start: int, end: int) -> Finding:
+    return Finding(
+        "leak", f"[{start}, {end})", f"[{start}, {end}) is neither free nor in an extent"
+    )
+
+
+def _names(tables: Tables) -> Iterator[Finding]:
+    """See that each extent is named by leases and tickets, and by as many as it counts."""
     names: Counter[int] = Counter()
     held: Counter[int] = Counter()
     for lease, (extent, member) in tables.leases.items():
         names[extent] += 1
-        if member not in tables.members or extent not in tables.extents:
-            yield f"lease {lease} is of a member or an extent that is not there"
+        if extent not in tables.extents:
+            yield Finding(
+                "lease", f"lease {lease}", f"lease {lease} names extent {extent}, which is not"
+            )
         else:
             held[member] += tables.extents[extent][1]
-    for connection, (member, tickets) in tables.connections.items():
         if member not in tables.members:
-            yield f"connection {connection} is of a member that is not there"
+            yield Finding(
+                "lease",
+                f"lease {lease} of {member:016x}",
+                f"lease {lease} belongs to member {member:016x}, which is not in the ledger",
+            )
+    for connection, (receiver, tickets) in tables.connections.items():
+        if receiver not in tables.members:
+            yield Finding(
+                "connection",
+                f"connection {connection}",
+                f"connection {connection}, with {len(tickets)} tickets, belongs to member "
+                f"{receiver:016x}, which is not in the ledger",
+            )
         for number, (extent, start, nbytes) in tickets.items():
+            subject = f"ticket {number} of connection {connection}"
             names[extent] += 1
-            if extent not in tables.extents or start + nbytes > tables.extents[extent][2]:
-                yield f"ticket {number} of connection {connection} is of no extent's bytes"
-    for extent, (_, length, nbytes, count) in tables.extents.items():
-        if names[extent] != count or not count:
-            yield f"extent {extent} has {names[extent]} leases and tickets, but counts {count}"
-        if length != grains(nbytes):
-            yield f"extent {extent} has {length} bytes of room for {nbytes}"
+            row = tables.extents.get(extent)
+            if row is None:
+                yield Finding("ticket", subject, f"{subject} names extent {extent}, which is not")
+            elif start < 0 or nbytes < 0 or start + nbytes > row[2]:
+                yield Finding(
+                    "ticket",
+                    subject,
+                    f"{subject} names [{start}, {start + nbytes}) of extent {extent}, which holds "
+                    f"{row[2]} bytes",
+                )
+    for extent, row in tables.extents.items():
+        if not names[extent]:
+            yield Finding(
+                "unnamed", f"extent {extent}", f"no lease and no ticket names extent {extent}"
+            )
+        elif names[extent] != row[3]:
+            yield Finding(
+                "count",
+                f"extent {extent}",
+                f"{names[extent]} leases and tickets name extent {extent}, which counts {row[3]}",
+            )
     for member, (_, _, nbytes) in tables.members.items():
         if held[member] != nbytes:
-            yield f"member {member} holds {held[member]} bytes, but counts {nbytes}"
+            yield Finding(
+                "held",
+                f"member {member:016x}",
+                f"member {member:016x} holds {held[member]} bytes by its leases, and {nbytes} by "
+                "its row",
+            )
+
+
+def _ids(tables: Tables) -> Iterator[Finding]:
+    """See that each id was given out, once."""
+    ids = Counter([*tables.extents, *tables.leases, *tables.connections])
+    for each, times in ids.items():
+        if not 0 < each < tables.next:
+            yield Finding(
+                "id", str(each), f"there is an id {each}, but the next one is {tables.next}"
+            )
+        elif times > 1:
+            yield Finding("id", str(each), f"the id {each} was given out {times} times")

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dask_shm_bridge import audit
+from dask_shm_bridge.audit import audit
 from dask_shm_bridge.errors import (
     ConnectionGoneError,
     LedgerDamagedError,
@@ -32,10 +32,9 @@ from dask_shm_bridge.errors import (
     StaleTicketError,
 )
 from dask_shm_bridge.layout import REGION_NAMES, Layout, grains
-from dask_shm_bridge.record import Record, Tables
+from dask_shm_bridge.record import MAX_EXTENTS, Record, Tables
 
 GUARD = "guard"  # the role of a member that holds a forked child's leases
-MAX_EXTENTS = 8192  # more would make each transaction slow; the pool counts as full
 
 
 class Grant(NamedTuple):
@@ -131,7 +130,7 @@ class Ledger:
             If there is a member of this id.
         """
         with self.record.changing() as tables:
-            found = audit.faults(tables, self._layout)
+            found = [finding.text for finding in audit(tables, self._layout)]
             if found:
                 raise LedgerDamagedError(f"the ledger is damaged: {'; '.join(found[:3])}")
             if member in tables.members:

@@ -38,6 +38,7 @@ from dask_shm_bridge.errors import (
     LedgerFullError,
 )
 
+MAX_EXTENTS = 8192  # more would make each transaction slow; the pool counts as full
 _KEY = b"tables"
 _VERSION = struct.Struct("<Q")
 # What LMDB finds in a file that something else wrote to.

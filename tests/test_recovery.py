@@ -18,12 +18,12 @@ from click.testing import CliRunner
 from conftest import Child, leftovers
 
 from dask_shm_bridge import mapping
+from dask_shm_bridge.audit import Finding, audit
 from dask_shm_bridge.cli import shm
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import PoolError, PoolUnsupportedError
 from dask_shm_bridge.layout import GRAIN_BYTES, Layout
 from dask_shm_bridge.record import Tables
-from dask_shm_bridge.recovery.audit import Finding, audit
 from dask_shm_bridge.recovery.survey import survey
 from dask_shm_bridge.recovery.sweeping import sweep
 

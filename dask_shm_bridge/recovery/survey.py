@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from dask_shm_bridge import folder, mapping
+from dask_shm_bridge.audit import Finding, audit
 from dask_shm_bridge.errors import LedgerBusyError, LedgerError, PoolError, PoolUnsupportedError
 from dask_shm_bridge.layout import HEADER_SIZE, Header
 from dask_shm_bridge.ledger import GUARD, record_bytes
 from dask_shm_bridge.record import Tables
 from dask_shm_bridge.recovery import reader
-from dask_shm_bridge.recovery.audit import Finding, audit
 
 _FILES = ("pool", "ledger.lock")
 _FOLDERS = ("members", "ledger")
