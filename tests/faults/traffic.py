@@ -25,6 +25,7 @@ from process import tasks
 
 THREADS = 3
 HANG_S = 60.0
+BROADCAST = "FAULTS_BROADCAST"  # left out otherwise: it hangs with Dask alone (docs/reliability.md)
 PATIENCE_S = 300.0  # a call that takes longer than `HANG_S` is reported, and waited for no longer
 
 
@@ -145,12 +146,14 @@ WAYS: list[Callable[[Traffic], None]] = [
     Traffic.submitted,
     Traffic.overwritten,
     Traffic.scattered,
-    Traffic.broadcast,
     Traffic.between_workers,
     Traffic.rechunked,
     Traffic.acted,
     Traffic.published,
 ]
+
+if os.environ.get(BROADCAST):
+    WAYS.append(Traffic.broadcast)
 
 _lock = threading.Lock()
 _busy: dict[int, tuple[str, float]] = {}
@@ -184,7 +187,14 @@ def described(error: BaseException) -> dict[str, Any]:
     while seen is not None and len(kinds) < 8:
         kinds.append(f"{type(seen).__module__}.{type(seen).__qualname__}")
         seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
-    return {"raised": kinds, "text": str(error)[:500], "traceback": traceback.format_exc()[-3000:]}
+    frames = traceback.extract_tb(error.__traceback__)
+    file = frames[-1].filename if frames else ""
+    return {
+        "raised": kinds,
+        "file": file,
+        "text": str(error)[:500],
+        "traceback": traceback.format_exc()[-3000:],
+    }
 
 
 def watch(stop: threading.Event) -> None:
