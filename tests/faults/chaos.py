@@ -31,7 +31,7 @@ from process.deployment import Deployment, MiB
 from dask_shm_bridge import pool
 from dask_shm_bridge.config import Settings
 from faults.direct import SELDOM
-from faults.points import FOLDER, POINTS, WHENS, Fault
+from faults.points import FOLDER, POINTS, STOCK, WHENS, Fault
 
 WORKERS = 3
 CLIENTS = 2
@@ -39,7 +39,7 @@ ROLES = ("worker", "nanny", "client", "scheduler")
 STOPPED_S = (0.5, 8.0)
 PATIENCE_S = 30.0
 PRELOAD = str(Path(__file__).with_name("preload"))
-WORDS = 4000  # of a log that is kept
+WORDS = 12000  # of a log that is kept
 # What Dask raises where a worker, a client or a connection is lost; also as causes.
 DASKS = (
     "distributed.",
@@ -71,6 +71,7 @@ class Round:
     hangs: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
+    dasks: list[str] = field(default_factory=list)
     seconds: float = 0.0
     logs: str = ""
 
@@ -131,7 +132,7 @@ class Chaos:
     seconds : float
         How long there are faults.
     protocol : str
-        ``shm``, or ``tcp``: there the same kinds of faults come at random places.
+        ``shm``, or ``tcp``: there the same kinds of faults come before and after reads and writes.
     base : str
         A folder on tmpfs for the pool.
     """
@@ -165,6 +166,7 @@ class Chaos:
         """Run it."""
         began = time.monotonic()
         os.environ[FOLDER] = str(self.control)
+        os.environ["FAULTS_STOCK"] = "" if self.protocol == "shm" else "1"
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PRELOAD, path]))
         try:
@@ -174,7 +176,7 @@ class Chaos:
             self.round.errors.append(f"the harness: {error!r}")
         finally:
             self._kill_all()
-            os.environ.pop(FOLDER)
+            del os.environ[FOLDER], os.environ["FAULTS_STOCK"]
             os.environ["PYTHONPATH"] = path or ""
             shutil.rmtree(self.pool_folder, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -300,9 +302,10 @@ class Chaos:
         action = self.random.choice(("kill", "kill", "kill", "stop", "cut"))
         if role == "scheduler" and action == "kill":
             action = "cut"
-        point, when = self.random.choice(list(POINTS)), self.random.choice(WHENS)
+        steps = list(POINTS if self.protocol == "shm" else STOCK)
+        point, when = self.random.choice(steps), self.random.choice(WHENS)
         nth = 1 if point in SELDOM else self.random.randint(1, 4)
-        if self.protocol == "shm" and self.random.random() < 0.8:
+        if self.random.random() < 0.8:
             met = len(self.round.faults)
             self._arm(role, Fault(point, when, action, nth))
             for _ in range(20):
@@ -362,7 +365,9 @@ class Chaos:
 
     def _judge(self, message: dict[str, Any]) -> None:
         done, failed = Counter(self.round.done), Counter(self.round.failed)
-        if message.get("hang"):
+        if "dasks" in message:
+            self.round.dasks.append(message["dasks"])
+        elif message.get("hang"):
             self.round.hangs.append(f"{message['way']} took more than a minute")
         elif "raised" in message:
             kinds = message["raised"]

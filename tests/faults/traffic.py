@@ -197,11 +197,28 @@ def described(error: BaseException) -> dict[str, Any]:
     }
 
 
-def watch(stop: threading.Event) -> None:
+def end_if_broken(client: Client) -> None:
+    """End this process where Dask's client has given up without saying so (docs/reliability.md).
+
+    If it is sent anything else with the answer to its reconnecting, an assertion fails in
+    `Client._ensure_connected`, the task that reads from the scheduler ends, and nothing that
+    waits for a future ever returns.
+    """
+    task = client._handle_report_task
+    if task is not None and task.done() and not task.cancelled():
+        error = task.exception()
+        if isinstance(error, AssertionError):
+            frames = traceback.extract_tb(error.__traceback__)
+            tell(dasks=f"AssertionError in Client.{frames[-1].name}: {frames[-1].line}")
+            os._exit(4)
+
+
+def watch(client: Client) -> None:
     """Report what takes longer than a minute, once."""
     said: set[tuple[int, float]] = set()
     while True:
         time.sleep(1)
+        end_if_broken(client)
         for number, (way, since) in list(_busy.items()):
             if time.monotonic() - since > HANG_S and (number, since) not in said:
                 said.add((number, since))
@@ -213,7 +230,7 @@ def main(address: str, seed: int) -> None:
     faulthandler.enable()
     client = Client(address, timeout=60, set_as_default=True)
     stop = threading.Event()
-    threading.Thread(target=watch, args=(stop,), daemon=True).start()
+    threading.Thread(target=watch, args=(client,), daemon=True).start()
     threads = [
         threading.Thread(target=work, args=(client, seed, number, stop), daemon=True)
         for number in range(THREADS)
