@@ -304,7 +304,7 @@ class Chaos:
             action = "cut"
         steps = list(POINTS if self.protocol == "shm" else STOCK)
         point, when = self.random.choice(steps), self.random.choice(WHENS)
-        nth = 1 if point in SELDOM else self.random.randint(1, 4)
+        nth = 1 if point in SELDOM else self.random.randint(1, 200 if point in STOCK else 4)
         if self.random.random() < 0.8:
             met = len(self.round.faults)
             self._arm(role, Fault(point, when, action, nth))
