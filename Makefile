@@ -4,6 +4,14 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# For 1,000 kills two processors take about a quarter of an hour; CHAOS_JOBS more at once need more.
+CHAOS_JOBS ?= 2
+CHAOS_SEED ?= 1
+CHAOS_KILLS ?= 1000
+CHAOS_OTHERS ?= 1
+CHAOS_ROUNDS ?= 5
+CHAOS_SECONDS ?= 40
+CHAOS_FOLDER ?= chaos
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
@@ -39,6 +47,16 @@ test: .venv-test/stamp ## the test suite (PYTEST_ARGS='-k ledger')
 .PHONY: test-oldest
 test-oldest: .venv-test-oldest/stamp ## the same with the oldest Dask that is supported
 	@.venv-test-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: chaos
+chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
+	@mkdir -p $(CHAOS_FOLDER)
+	@PYTHONPATH=tests .venv-test/bin/python -m faults direct --kills $(CHAOS_KILLS) \
+	  --others $(CHAOS_OTHERS) --jobs $(CHAOS_JOBS) --seed $(CHAOS_SEED) \
+	  --json $(CHAOS_FOLDER)/direct.json
+	@PYTHONPATH=tests .venv-test/bin/python -m faults cluster --rounds $(CHAOS_ROUNDS) \
+	  --seconds $(CHAOS_SECONDS) --jobs `expr \( $(CHAOS_JOBS) + 1 \) / 2` \
+	  --seed $(CHAOS_SEED) --tcp --json $(CHAOS_FOLDER)/cluster.json
 
 .PHONY: lint
 lint: .venv-lint/stamp ## ruff and mypy

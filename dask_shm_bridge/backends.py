@@ -26,7 +26,11 @@ class ShmConnectorMixin(BaseTCPConnector):
         comm: Any = await super().connect(  # type: ignore[no-untyped-call]
             address, deserialize=deserialize, **kwargs
         )
-        await join_pool(comm)
+        try:
+            await join_pool(comm)
+        except BaseException:  # out of time: the peer must not wait for our handshake
+            comm.abort()
+            raise
         return comm
 
 

@@ -24,12 +24,14 @@ from typing import Any
 
 import dask
 import psutil
+from distributed import Client
 from process import deployment
 from process.deployment import Deployment, MiB
 
 from dask_shm_bridge import pool
 from dask_shm_bridge.config import Settings
-from faults.points import FOLDER, POINTS, WHENS, Fault
+from faults.direct import SELDOM
+from faults.points import FOLDER, POINTS, STOCK, WHENS, Fault
 
 WORKERS = 3
 CLIENTS = 2
@@ -37,7 +39,7 @@ ROLES = ("worker", "nanny", "client", "scheduler")
 STOPPED_S = (0.5, 8.0)
 PATIENCE_S = 30.0
 PRELOAD = str(Path(__file__).with_name("preload"))
-WORDS = 4000  # of a log that is kept
+WORDS = 12000  # of a log that is kept
 # What Dask raises where a worker, a client or a connection is lost; also as causes.
 DASKS = (
     "distributed.",
@@ -51,6 +53,8 @@ DASKS = (
     "builtins.BrokenPipeError",
     "builtins.TimeoutError",
 )
+# Errors of other kinds are Dask's own if they were raised in its files.
+DASKS_FILES = ("/distributed/", "/dask/")
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Round:
     errors: list[str] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    dasks: list[str] = field(default_factory=list)
     seconds: float = 0.0
     logs: str = ""
 
@@ -126,7 +132,7 @@ class Chaos:
     seconds : float
         How long there are faults.
     protocol : str
-        ``shm``, or ``tcp``: there the same kinds of faults come at random places.
+        ``shm``, or ``tcp``: there the same kinds of faults come before and after reads and writes.
     base : str
         A folder on tmpfs for the pool.
     """
@@ -160,6 +166,7 @@ class Chaos:
         """Run it."""
         began = time.monotonic()
         os.environ[FOLDER] = str(self.control)
+        os.environ["FAULTS_STOCK"] = "" if self.protocol == "shm" else "1"
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PRELOAD, path]))
         try:
@@ -169,7 +176,7 @@ class Chaos:
             self.round.errors.append(f"the harness: {error!r}")
         finally:
             self._kill_all()
-            os.environ.pop(FOLDER)
+            del os.environ[FOLDER], os.environ["FAULTS_STOCK"]
             os.environ["PYTHONPATH"] = path or ""
             shutil.rmtree(self.pool_folder, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -191,7 +198,7 @@ class Chaos:
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             self._disturb()
-            self._wait(self.random.uniform(0.3, 2.0))
+            self._wait(self.random.uniform(0.1, 1.0))
         self._finish()
         if self.protocol == "shm":
             self._account()
@@ -295,11 +302,18 @@ class Chaos:
         action = self.random.choice(("kill", "kill", "kill", "stop", "cut"))
         if role == "scheduler" and action == "kill":
             action = "cut"
-        point, when = self.random.choice(list(POINTS)), self.random.choice(WHENS)
-        nth = self.random.randint(1, 6)
-        if self.protocol == "shm" and self.random.random() < 0.8:
+        steps = list(POINTS if self.protocol == "shm" else STOCK)
+        point, when = self.random.choice(steps), self.random.choice(WHENS)
+        nth = 1 if point in SELDOM else self.random.randint(1, 200 if point in STOCK else 4)
+        if self.random.random() < 0.8:
+            met = len(self.round.faults)
             self._arm(role, Fault(point, when, action, nth))
-        elif action != "cut":
+            for _ in range(20):
+                if len(self.round.faults) > met:
+                    return
+                self._wait(0.1)
+            (self.control / f"arm-{role}").unlink(missing_ok=True)
+        if action != "cut":
             self._strike(role, action)
 
     def _arm(self, role: str, fault: Fault) -> None:
@@ -351,14 +365,16 @@ class Chaos:
 
     def _judge(self, message: dict[str, Any]) -> None:
         done, failed = Counter(self.round.done), Counter(self.round.failed)
-        if message.get("hang"):
+        if "dasks" in message:
+            self.round.dasks.append(message["dasks"])
+        elif message.get("hang"):
             self.round.hangs.append(f"{message['way']} took more than a minute")
         elif "raised" in message:
             kinds = message["raised"]
             text = f"{message['way']}: {kinds} {message['text']}\n{message['traceback']}"
             if any("WrongBytes" in kind for kind in kinds) or "wrong bytes" in message["text"]:
                 self.round.wrong.append(text)
-            elif "dask_shm_bridge" in str(kinds) or not kinds[0].startswith(DASKS):
+            elif not _is_dasks(kinds, message["file"]):
                 self.round.errors.append(text)
             failed[f"{message['way']}: {kinds[0]}"] += 1
         elif "way" in message:
@@ -369,6 +385,7 @@ class Chaos:
         """Count what is left in the ledger, then without the cluster, then on the disk."""
         joined = pool.attach(Settings.from_config())
         self._settle(joined, "with the cluster", self._explained)
+        gc.collect()
         if self.random.random() < 0.5:  # all at once, as at the end of a container
             every = [(role, pid) for role in ROLES for pid in self._pids(role)]
             for role, pid in every:
@@ -391,19 +408,33 @@ class Chaos:
         while True:
             joined.attachment.sweep()
             rows = joined.ledger.snapshot()
-            if not rows["ticket"] and not rows["extent"] and not rows["lease"] and explained(rows):
+            if not rows["ticket"] and explained(rows):
                 return
             if time.monotonic() > deadline:
                 text = {name: str(table)[:1000] for name, table in rows.items()}
                 self.round.leaks.append(f"{when}: {text}")
                 self.round.logs = self._logs()
                 return
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def _explained(self, rows: dict[str, Any]) -> bool:
-        """Say whether all members live, and all connections are theirs."""
-        members = set(rows["member"])
-        return set(rows["connection"].values()) <= members
+        """Say whether all members live, connections are theirs, and leases are of living arrays.
+
+        Dask itself may still hold some, such as those of tasks that failed.
+        """
+        if not set(rows["connection"].values()) <= set(rows["member"]):
+            return False
+        if not rows["extent"]:
+            return True
+        held: dict[str, list[Any]] = {}
+        with Client(self.deployment.address, timeout=30, set_as_default=False) as client:
+            for kind in ({}, {"nanny": True}):
+                held |= client.run(held_here, on_error="return", **kind)
+            held["scheduler"] = client.run_on_scheduler(held_here)
+        answers = [some for some in held.values() if isinstance(some, list)]
+        views = {tuple(lease): text for some in answers for *lease, text in some}
+        self.round.held = [f"{lease}: {text}" for lease, text in views.items()]
+        return set(rows["lease"]) <= views.keys()
 
     def _read_broken(self) -> None:
         broken = self.control / "broken"
@@ -436,8 +467,30 @@ class Chaos:
             pool.detach_all()
 
 
+def _is_dasks(kinds: list[str], file: str) -> bool:
+    """Say whether an error is one that Dask raises when it loses somebody."""
+    if any(kind.startswith(("dask_shm_bridge", "faults")) for kind in kinds):
+        return kinds[0].startswith("distributed.comm")  # as CommClosedError, which Dask expects
+    return kinds[0].startswith(DASKS) or any(folder in file for folder in DASKS_FILES)
+
+
+def held_here() -> list[tuple[int, int, str]]:
+    """Return the leases of a process's living arrays, and what keeps these alive."""
+    from faults.peers import holders
+
+    gc.collect()
+    found: list[tuple[int, int, str]] = []
+    for joined in pool.joined():
+        joined.settle()
+        grants = [claim.grant for claim in joined.views.oldest()]
+        found += [(g.extent, g.lease, t) for g, t in zip(grants, holders(joined), strict=False)]
+    return found
+
+
 def _alone(joined: pool.Pool, rows: dict[str, Any]) -> bool:
-    return not rows["connection"] and rows["member"].keys() == {joined.member}
+    return (
+        not rows["connection"] and not rows["extent"] and rows["member"].keys() == {joined.member}
+    )
 
 
 def run_round(arguments: tuple[int, float, str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ def direct(
 @click.option("--jobs", default=1, help="Rounds at once; each wants two processors.")
 @click.option("--seed", default=1, help="Of the first round; the next has the next.")
 @click.option("--tcp/--no-tcp", default=False, help="Each seed over plain tcp as well.")
+@click.option("--broadcast/--no-broadcast", default=False, help="Also scatter to all workers.")
 @base
 @output
 def cluster(
@@ -97,12 +99,15 @@ def cluster(
     jobs: int,
     seed: int,
     tcp: bool,
+    broadcast: bool,
     base: str,
     path: str | None,
 ) -> None:
     """A cluster with two clients under all kinds of traffic, while its processes meet faults."""
     began = time.monotonic()
     found: list[dict[str, Any]] = []
+    if broadcast:
+        os.environ["FAULTS_BROADCAST"] = "1"
     context = multiprocessing.get_context("spawn")
     protocols = ("shm", "tcp") if tcp else ("shm",)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import random
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Job:
     role: str
     seed: int
     base: str
+    until: float = math.inf  # on the monotonic clock, which is one for all processes
 
 
 def plan(kills: int, others: int, seed: int, base: str) -> list[Job]:
@@ -59,8 +61,13 @@ def plan(kills: int, others: int, seed: int, base: str) -> list[Job]:
     ]
 
 
-def perform(job: Job) -> dict[str, Any]:
-    """Run a job; again, with an earlier occurrence, while the point was not reached."""
+def perform(job: Job) -> dict[str, Any] | None:
+    """Run a job; again, with an earlier occurrence, while the point was not reached.
+
+    None if its time is over.
+    """
+    if time.monotonic() > job.until:
+        return None
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # fork beside OpenBLAS's threads
     chooser = random.Random(job.seed)
     most = OFTEN.get(job.point) or SELDOM.get(job.point, 10)
@@ -80,14 +87,14 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run jobs, `at_once` at a time, all of them or for so long; `told` hears of each outcome."""
     outcomes = []
-    began = time.monotonic()
+    if seconds:
+        jobs = [replace(job, until=time.monotonic() + seconds) for job in jobs]
     context = multiprocessing.get_context("fork")
     with context.Pool(at_once) as processes:
         for outcome in processes.imap_unordered(perform, jobs):
-            told(outcome)
-            outcomes.append(outcome)
-            if seconds and time.monotonic() - began > seconds:
-                return outcomes
+            if outcome is not None:
+                told(outcome)
+                outcomes.append(outcome)
         processes.close()
         processes.join()
     return outcomes

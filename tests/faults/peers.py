@@ -346,19 +346,23 @@ def holders(joined: pool.Pool) -> list[str]:
         for o in itertools.chain.from_iterable(map(gc.get_referents, everything))
         if type(o) is np.ndarray
     }
+    del everything
     said = []
     for claim in joined.views.oldest():
-        one: Any = claim._reference()
-        chain: list[Any] = [one, *(a for a in arrays.values() if a.base is one)]
-        one = chain[-1]
-        for _ in range(14):
-            known = {*map(id, chain), id(chain), id(everything), id(arrays)}
-            found = [o for o in gc.get_referrers(one) if id(o) not in known]
+        chain: list[Any] = [claim._reference()]
+        for array in arrays.values():
+            if array.base is chain[0]:
+                chain.append(array)
+        del array
+        for _ in range(10):
+            ours = {*map(id, chain), id(chain), id(arrays)}
+            found = [o for o in gc.get_referrers(chain[-1]) if id(o) not in ours]
             if not found:
                 break
-            one = found[0]
-            chain.append(one)
-        said.append(" < ".join(_name(link) for link in chain))
+            chain.append(found[0])
+            del found
+        said.append(" < ".join(map(_name, chain)))
+        chain.clear()
     return said
 
 
@@ -367,7 +371,7 @@ def _name(link: Any) -> str:
     if kind in ("frame", "coroutine"):
         code = link.f_code if kind == "frame" else link.cr_code
         return f"{kind} {code.co_qualname}"
-    return f"dict {list(link)[:6]}" if kind == "dict" else kind
+    return f"{kind} {str(link)[:80]}" if kind in ("dict", "Task", "TaskState") else kind
 
 
 def ghost(channel: socket.socket) -> None:

@@ -59,6 +59,11 @@ POINTS = {
     "lock": "dask_shm_bridge.record:Record._take",
     "unlock": "dask_shm_bridge.record:Record._release",
 }
+# Where there is nothing of ours: for the same faults over plain tcp.
+STOCK = {
+    "stock-send": "distributed.comm.tcp:TCP.write",
+    "stock-receive": "distributed.comm.tcp:TCP.read",
+}
 WHENS = ("before", "after")
 ACTIONS = ("kill", "stop", "cancel", "cut")
 FOLDER = "FAULTS_FOLDER"
@@ -74,7 +79,7 @@ class Fault:
     nth: int = 1
 
     def __post_init__(self) -> None:
-        if self.point not in POINTS or self.when not in WHENS or self.action not in ACTIONS:
+        if self.point not in POINTS | STOCK or self.when not in WHENS or self.action not in ACTIONS:
             raise ValueError(f"no such fault: {self}")
 
 
@@ -91,7 +96,9 @@ _comms: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def install(
-    report: Callable[[dict[str, Any]], None] | None = None, folder: str | None = None
+    report: Callable[[dict[str, Any]], None] | None = None,
+    folder: str | None = None,
+    stock: bool = False,
 ) -> None:
     """Wrap all points of this process.
 
@@ -101,6 +108,8 @@ def install(
         Told of a fault just before it happens.
     folder : str, optional
         Where to look for faults to take (and, without `report`, to write of them).
+    stock : bool
+        Wrap `STOCK` instead.
 
     Raises
     ------
@@ -108,10 +117,10 @@ def install(
         If a function is not there any more.
     """
     global _report, _folder
-    found = {point: _find(point) for point in POINTS}
+    found = {point: _find(point) for point in (STOCK if stock else POINTS)}
     for point, (owner, name, function) in found.items():
         setattr(owner, name, _wrapped(point, function))
-    _track()
+    _track(stock)
     _folder = folder
     _report = report or (_write_report if folder else _report)
 
@@ -136,7 +145,8 @@ def role() -> str:
 
 
 def _find(point: str) -> tuple[Any, str, Any]:
-    module_name, _, path = POINTS[point].partition(":")
+    place = (POINTS | STOCK)[point]
+    module_name, _, path = place.partition(":")
     *parents, name = path.split(".")
     try:
         owner: Any = importlib.import_module(module_name)
@@ -145,11 +155,11 @@ def _find(point: str) -> tuple[Any, str, Any]:
         function = vars(owner)[name]
     except (ImportError, AttributeError, KeyError) as error:
         raise MissingPointError(
-            f"the step {point!r} is not at {POINTS[point]} any more: say in "
+            f"the step {point!r} is not at {place} any more: say in "
             f"tests/faults/points.py where it is now ({error!r})"
         ) from error
     if not inspect.isfunction(function):
-        raise MissingPointError(f"the step {point!r}, {POINTS[point]}, is no function any more")
+        raise MissingPointError(f"the step {point!r}, {place}, is no function any more")
     return owner, name, function
 
 
@@ -177,10 +187,8 @@ def _wrapped(point: str, function: Any) -> Any:
     return called
 
 
-def _track() -> None:
+def _track(stock: bool) -> None:
     """Know on whose behalf a step runs, on a thread of the pool too: which comm, which task."""
-    from dask_shm_bridge.comm import ShmTCP
-    from dask_shm_bridge.pool import Pool
 
     def tracked(function: Any) -> Any:
         @functools.wraps(function)
@@ -198,6 +206,14 @@ def _track() -> None:
                 _task.reset(task_token)
 
         return call
+
+    if stock:
+        from distributed.comm.tcp import TCP
+
+        TCP.read, TCP.write = tracked(TCP.read), tracked(TCP.write)
+        return
+    from dask_shm_bridge.comm import ShmTCP
+    from dask_shm_bridge.pool import Pool
 
     ShmTCP.read = tracked(ShmTCP.read)  # type: ignore[method-assign]
     ShmTCP.write = tracked(ShmTCP.write)  # type: ignore[method-assign]

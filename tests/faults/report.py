@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from faults.points import POINTS
+from faults.points import POINTS, STOCK
 
 SPECIAL = ("anywhere", "at the end")
 DAMAGE = ("wrong", "errors", "hangs", "leaks")
@@ -67,6 +67,7 @@ def summary(rounds: list[dict[str, Any]]) -> str:
         f"{len(rounds)} rounds, {sum(map(kills, rounds))} kills, {done} calls with the right "
         f"bytes, {failures} that failed with an error of Dask's or of the broken connection, "
         + ", ".join(f"{kind} {count}" for kind, count in counts.items())
+        + f"; clients that Dask broke: {sum(len(one['dasks']) for one in rounds)}"
     )
 
 
@@ -82,7 +83,7 @@ def _by_point(rounds: list[dict[str, Any]]) -> str:
         total += found
     columns = [f"{role} kills" for role in ("worker", "nanny", "client", "scheduler")]
     columns += ["stop", "cut"]
-    names = [name for name in (*POINTS, *SPECIAL) if name in counts]
+    names = [name for name in (*POINTS, *STOCK, *SPECIAL) if name in counts]
     rows = [[name, *(counts[name][column] for column in columns)] for name in names]
     rows.append(["**all**", *(f"**{total[column]}**" for column in columns)])
     return table(["step", *columns], rows)

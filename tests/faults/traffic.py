@@ -25,6 +25,7 @@ from process import tasks
 
 THREADS = 3
 HANG_S = 60.0
+BROADCAST = "FAULTS_BROADCAST"  # left out otherwise: it hangs with Dask alone (docs/reliability.md)
 PATIENCE_S = 300.0  # a call that takes longer than `HANG_S` is reported, and waited for no longer
 
 
@@ -145,12 +146,14 @@ WAYS: list[Callable[[Traffic], None]] = [
     Traffic.submitted,
     Traffic.overwritten,
     Traffic.scattered,
-    Traffic.broadcast,
     Traffic.between_workers,
     Traffic.rechunked,
     Traffic.acted,
     Traffic.published,
 ]
+
+if os.environ.get(BROADCAST):
+    WAYS.append(Traffic.broadcast)
 
 _lock = threading.Lock()
 _busy: dict[int, tuple[str, float]] = {}
@@ -184,14 +187,38 @@ def described(error: BaseException) -> dict[str, Any]:
     while seen is not None and len(kinds) < 8:
         kinds.append(f"{type(seen).__module__}.{type(seen).__qualname__}")
         seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
-    return {"raised": kinds, "text": str(error)[:500], "traceback": traceback.format_exc()[-3000:]}
+    frames = traceback.extract_tb(error.__traceback__)
+    file = frames[-1].filename if frames else ""
+    return {
+        "raised": kinds,
+        "file": file,
+        "text": str(error)[:500],
+        "traceback": traceback.format_exc()[-3000:],
+    }
 
 
-def watch(stop: threading.Event) -> None:
+def end_if_broken(client: Client) -> None:
+    """End this process where Dask's client has given up without saying so (docs/reliability.md).
+
+    If it is sent anything else with the answer to its reconnecting, an assertion fails in
+    `Client._ensure_connected`, the task that reads from the scheduler ends, and nothing that
+    waits for a future ever returns.
+    """
+    task = client._handle_report_task
+    if task is not None and task.done() and not task.cancelled():
+        error = task.exception()
+        if isinstance(error, AssertionError):
+            frames = traceback.extract_tb(error.__traceback__)
+            tell(dasks=f"AssertionError in Client.{frames[-1].name}: {frames[-1].line}")
+            os._exit(4)
+
+
+def watch(client: Client) -> None:
     """Report what takes longer than a minute, once."""
     said: set[tuple[int, float]] = set()
     while True:
         time.sleep(1)
+        end_if_broken(client)
         for number, (way, since) in list(_busy.items()):
             if time.monotonic() - since > HANG_S and (number, since) not in said:
                 said.add((number, since))
@@ -203,7 +230,7 @@ def main(address: str, seed: int) -> None:
     faulthandler.enable()
     client = Client(address, timeout=60, set_as_default=True)
     stop = threading.Event()
-    threading.Thread(target=watch, args=(stop,), daemon=True).start()
+    threading.Thread(target=watch, args=(client,), daemon=True).start()
     threads = [
         threading.Thread(target=work, args=(client, seed, number, stop), daemon=True)
         for number in range(THREADS)

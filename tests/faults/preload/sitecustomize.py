@@ -7,7 +7,8 @@ import os
 import sys
 from typing import Any
 
-LAST = "dask_shm_bridge.comm"  # which imports all that is wrapped
+STOCK = bool(os.environ.get("FAULTS_STOCK"))
+LAST = "distributed.comm.tcp" if STOCK else "dask_shm_bridge.comm"  # imports all that is wrapped
 
 
 class _Finder:
@@ -30,7 +31,7 @@ def _install(folder: str) -> None:
     from faults import points
 
     try:
-        points.install(folder=folder)
+        points.install(folder=folder, stock=STOCK)
     except BaseException as error:
         with open(f"{folder}/broken", "a") as file:  # the harness fails by this
             file.write(f"{error}\n")
