@@ -17,7 +17,7 @@ import pytest
 from distributed import Client
 
 from . import tasks
-from .deployment import MiB, Deployment, environment, measured, usage
+from .deployment import Deployment, MiB, environment, measured, usage
 
 AT_ONCE = 4
 LOOKS = 5
