@@ -397,8 +397,12 @@ def test_strange_names_are_told_and_left(pool_folder: Path, child: Callable[...,
     name, _, _ = one.hear()
     (pool_folder / "mine.npy").touch()
     (pool_folder / name / "core").touch()
-    assert [kind for kind, _ in looked(pool_folder)] == ["stray", "stray"]
+    two = child(STAY)
+    two.hear()
+    two.kill()
+    assert sorted(kind for kind, _ in looked(pool_folder)) == ["dead", "stray", "stray"]
     sweep(str(pool_folder), 5.0)
+    assert [kind for kind, _ in looked(pool_folder)] == ["stray", "stray"]
     assert (pool_folder / "mine.npy").exists()
     assert (pool_folder / name / "core").exists()
     os.unlink(pool_folder / "mine.npy")
@@ -533,6 +537,27 @@ def test_a_lock_file_that_was_removed(pool_folder: Path, child: Callable[..., Ch
     assert sweep(str(pool_folder), 5.0).members == ()
     two.ask(LEAVE)
     one.ask(LEAVE)
+
+
+def test_a_pool_whose_files_were_removed_at_a_logout(
+    pool_folder: Path, child: Callable[..., Child]
+) -> None:
+    one = child(STAY)
+    old, _, _ = one.hear()
+    shutil.rmtree(pool_folder)
+    one.ask("pool.attach(); p.mend()")
+    assert sorted(leftovers(pool_folder))[0] == "current"
+    ((kind, text),) = looked(pool_folder)
+    assert kind == "missing"
+    assert old in text
+    assert "RemoveIPC" in text
+    before = leftovers(pool_folder)
+    assert len(before) == 3  # the pointer, the new pool, and the members of the old one
+    swept = sweep(str(pool_folder), 5.0)
+    assert (swept.pools, swept.files, swept.members) == ((), (), ())
+    assert leftovers(pool_folder) == before
+    one.ask(LEAVE)
+    assert leftovers(pool_folder) == []
 
 
 def test_an_unsafe_folder_is_told_and_left(pool_folder: Path, tmp_path: Path) -> None:

@@ -153,3 +153,29 @@ def test_nothing_is_unpickled_that_dask_would_not(
     assert some > 4 << 20
     assert "types.SimpleNamespace" in tcp
     assert set(shm) - set(tcp) == set()
+
+
+def test_two_peers_share_a_pool_only_if_all_agrees(small_pool: Any) -> None:
+    """The same pool by its id, on the same boot of the same kernel, in the same version."""
+    from dask_shm_bridge.comm import VERSION, ShmTCP
+
+    ours = {"version": VERSION, "connection": 1, **small_pool.identity()}
+
+    def agreed(theirs: Any, ours: Any = ours) -> bool:
+        comm = ShmTCP.__new__(ShmTCP)
+        comm._shared = small_pool
+        return comm._agree(ours, theirs)
+
+    assert agreed({**ours, "connection": 5})
+    for key, other in (
+        ("pool", "0" * 32),
+        ("boot", "00000000-0000-0000-0000-000000000000"),
+        ("version", VERSION + 1),
+    ):
+        assert not agreed({**ours, key: other})
+        assert not agreed({k: v for k, v in ours.items() if k != key})
+    for connection in (0, -1, True, "5", 5.0, None, [5]):
+        assert not agreed({**ours, "connection": connection})
+    for theirs in (None, [], "shm", {}):
+        assert not agreed(theirs)
+    assert not agreed({"version": VERSION, "connection": 1}, {"version": VERSION})  # no pool

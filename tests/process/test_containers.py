@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import pool, stats
 
 from . import tasks
 from .deployment import Deployment, MiB, environment, measured, usage
@@ -260,3 +260,33 @@ def test_a_dev_shm_of_64_megabytes(tmp_path: Path) -> None:
     assert len(warnings) == 1, done.stderr
     assert "--shm-size" in warnings[0]
     assert "shm-bridge.pool.size" in warnings[0]
+
+
+# ---------------------------------------------------------------------------- the pool turned off
+
+
+def test_a_process_that_has_the_pool_turned_off(
+    pool_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """It makes no folder, joins no pool, and works with peers that have one."""
+    off = {**pool_config, "shm-bridge.pool.path": "false"}
+    with Deployment(tmp_path, pool_config, workers=1) as deployment:
+        deployment.add_worker("off", config=off)
+        with deployment.client(workers=2) as client:
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            (without,) = [a for a, worker in workers.items() if worker["id"] == "off"]
+            (other,) = set(workers) - {without}
+            x = tasks.ramp(SIZE, 1)
+            with measured(client) as moved:
+                there = client.submit(tasks.fresh, x, workers=[without], pure=False)
+                back = client.submit(tasks.crc, there, workers=[other], pure=False)
+                assert back.result() == tasks.crc(x + 1)
+            d = moved()
+            assert d.at(without, "sent", "inline") >= SIZE, d
+            assert d.at(without, "received", "inline") >= SIZE, d
+            figures = stats(client)["workers"]
+            assert figures[without]["pool"] is None
+            assert figures[without]["fallbacks"] == {"off": 1}
+            assert figures[other]["pool"]["path"] == pool_config["shm-bridge.pool.path"]
+            del there, back
+    assert not (tmp_path / "false").exists()
