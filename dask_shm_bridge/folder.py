@@ -300,7 +300,7 @@ def _create(settings: Settings, base: int) -> str:
     asked = settings.layout or Layout()
     room = int(mapping.filesystem_bytes(base) * _FILL)
     # 0: a tmpfs without a limit. The ledger needs its place too.
-    layout = asked.shrunk(room - record_bytes(asked)) if room else asked
+    layout = asked.shrunk(room - record_bytes(asked.shrunk(room))) if room else asked
     if layout != asked:
         logger.warning(
             "%s is too small for a pool of %s; it gets %s instead. Make it larger (docker run "
