@@ -566,10 +566,18 @@ def test_an_unsafe_folder_is_told_and_left(pool_folder: Path, tmp_path: Path) ->
     pool_folder.chmod(0o755)
     assert [kind for kind, _ in looked(pool_folder)] == ["unsafe"]
     assert CliRunner().invoke(shm, ["sweep"]).exit_code == 1
+    pool_folder.chmod(0o700)
+    os.unlink(pool_folder / "lock")
+    (pool_folder / "lock").symlink_to(tmp_path / "nowhere")
+    ((kind, text),) = looked(pool_folder)
+    assert kind == "unsafe"
+    assert "lock in the pool's folder is no regular file" in text
+    assert CliRunner().invoke(shm, ["sweep"]).exit_code == 1
     shutil.rmtree(pool_folder)
     pool_folder.symlink_to(tmp_path)
     assert [kind for kind, _ in looked(pool_folder)] == ["unsafe"]
     assert CliRunner().invoke(shm, ["sweep"]).exit_code == 1
+    assert os.listdir(tmp_path) == []
     pool_folder.unlink()
 
 

@@ -11,7 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from dask_shm_bridge import folder, mapping
-from dask_shm_bridge.errors import LedgerBusyError, LedgerError, PoolError, PoolUnsupportedError
+from dask_shm_bridge.errors import (
+    LedgerBusyError,
+    LedgerError,
+    PoolError,
+    PoolUnsafeError,
+    PoolUnsupportedError,
+)
 from dask_shm_bridge.layout import HEADER_SIZE, Header
 from dask_shm_bridge.ledger import GUARD, record_bytes
 from dask_shm_bridge.record import Tables
@@ -149,6 +155,8 @@ def _look(path: str | None, timeout_s: float) -> Survey:
     try:
         with folder._locked(there) as base:
             return _look_inside(there, base, timeout_s)
+    except PoolUnsafeError as error:
+        return Survey(there, True, findings=(Finding("unsafe", there, str(error)),))
     except OSError as error:
         raise PoolError(f"{there} can't be looked at: {error}") from error
 
