@@ -137,6 +137,33 @@ class Attachment:
             raise
         return lock
 
+    def lost(self) -> bool:
+        """Say whether somebody removed the pool's file, so that nobody can join it any more."""
+        return mapping.is_removed(self.pool_fd)
+
+    def restore(self) -> bool:
+        """Make this member's lock file again if somebody removed it; say whether that was so.
+
+        Members of a pool whose files are gone still share it, and must see who of them dies.
+        """
+        if not self.member_lock.removed():
+            return False
+        with _locked(self.path, create=True) as base, ExitStack() as stack:
+            with contextlib.suppress(FileExistsError):
+                mapping.create_directory(self.name, dir_fd=base)
+            directory = mapping.open_directory(self.name, dir_fd=base)
+            stack.callback(os.close, directory)
+            with contextlib.suppress(FileExistsError):
+                mapping.create_directory("members", dir_fd=directory)
+            members = mapping.open_directory("members", dir_fd=directory)
+            stack.callback(os.close, members)
+            lock = mapping.MemberLock(_member_name(self.member), dir_fd=members)
+            # Other threads may be using this descriptor: the number stays.
+            os.dup2(directory, self.directory_fd, inheritable=False)
+            self.member_lock.close()
+            self.member_lock = lock
+        return True
+
     def dead_members(self) -> list[int]:
         """Return the members in the ledger whose processes are proven dead.
 
@@ -226,20 +253,25 @@ def _locked(path: str, *, create: bool = False) -> Iterator[int]:
         if not _turn.acquire(timeout=_LOCK_TIMEOUT_S):
             raise PoolError(f"another thread joins or leaves the pool in {path}, and is stuck")
         stack.callback(_turn.release)
-        if create:
-            with contextlib.suppress(FileExistsError):
-                mapping.create_directory(path)
-        base = mapping.open_directory(path)
-        stack.callback(os.close, base)
-        lock = mapping.open_file("lock", dir_fd=base, create=True)
-        stack.callback(os.close, lock)  # which also unlocks it
-        while not mapping.try_lock(lock):
-            if time.monotonic() > deadline:
-                raise PoolError(
-                    f"the lock of {path} was not had in {_LOCK_TIMEOUT_S:g} s: is a process "
-                    "stopped in the middle of joining the pool there?"
-                )
-            time.sleep(0.005)
+        while True:
+            opened = stack.enter_context(ExitStack())
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    mapping.create_directory(path)
+            base = mapping.open_directory(path)
+            opened.callback(os.close, base)
+            lock = mapping.open_file("lock", dir_fd=base, create=True)
+            opened.callback(os.close, lock)  # which also unlocks it
+            while not mapping.try_lock(lock):
+                if time.monotonic() > deadline:
+                    raise PoolError(
+                        f"the lock of {path} was not had in {_LOCK_TIMEOUT_S:g} s: is a process "
+                        "stopped in the middle of joining the pool there?"
+                    )
+                time.sleep(0.005)
+            if not mapping.is_removed(lock) or time.monotonic() > deadline:
+                break
+            opened.close()  # somebody removed all files while we waited: others lock a new one
         yield base
 
 
@@ -279,7 +311,7 @@ def _create(settings: Settings, base: int) -> str:
     asked = settings.layout or Layout()
     room = int(mapping.filesystem_bytes(base) * _FILL)
     # 0: a tmpfs without a limit. The ledger needs its place too.
-    layout = asked.shrunk(room - record_bytes(asked)) if room else asked
+    layout = asked.shrunk(room - record_bytes(asked.shrunk(room))) if room else asked
     if layout != asked:
         logger.warning(
             "%s is too small for a pool of %s; it gets %s instead. Make it larger (docker run "

@@ -21,7 +21,7 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from dask_shm_bridge import counters
-from dask_shm_bridge.errors import LedgerError
+from dask_shm_bridge.errors import LedgerError, PoolError
 from dask_shm_bridge.ledger import GUARD
 from dask_shm_bridge.views import Claim
 
@@ -35,6 +35,7 @@ _COALESCE_S = 0.001  # what ends together is given back in one transaction
 _CROWDED_POLL_S = 0.05
 _DETACH_AGE_S = 0.1
 _SWEEPING_S = 2.5  # a process that dies closes its connections before it lets its lock go
+_FILES_S = 2.0  # how often to look whether the pool's files are still there
 _FREE_SHARE = 0.25  # of what a region may use; with less than this free it is crowded
 
 
@@ -60,6 +61,7 @@ class Keeper:
         self._pressure: int | None = None
         self._idle_since: float | None = None
         self._next_look = 0.0
+        self._next_mend = 0.0
         self._thread = threading.Thread(target=self._run, name="shm-bridge-keeper", daemon=True)
         self._thread.start()
 
@@ -77,6 +79,8 @@ class Keeper:
             stopped = any(kind == "stop" for kind, _ in events)
             try:
                 self._serve(events)
+                if not stopped:
+                    self._mend()
                 if not stopped and self._idle() and self._retire(self._pool):
                     return
             except Exception:  # the keeper must live as long as its pool
@@ -108,7 +112,7 @@ class Keeper:
 
     def _wait_for_events(self) -> list[tuple[str, Any]]:
         pool = self._pool
-        timeout: float | None = None
+        timeout = _FILES_S
         if self._pending or self._ended:
             timeout = 0.05
         elif (
@@ -153,6 +157,16 @@ class Keeper:
         if self._forked:
             members = self._pool.ledger.members()
             self._forked = any(m.role == GUARD and m.pid == pid for m in members)
+
+    def _mend(self) -> None:
+        """See that the pool's files are there: systemd may remove them (RemoveIPC=)."""
+        now = time.monotonic()
+        if now >= self._next_mend:
+            self._next_mend = now + _FILES_S
+            try:
+                self._pool.mend()
+            except (OSError, PoolError) as error:
+                logger.debug("the pool in %s can't be mended: %s", self._pool.path, error)
 
     def _idle(self) -> bool:
         """Say whether nothing of this process has been in the pool for the linger time."""

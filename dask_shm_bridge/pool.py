@@ -427,6 +427,23 @@ class Pool:
         self._last_sweep = now
         return self.attachment.sweep()
 
+    def lost(self) -> bool:
+        """Say whether somebody removed the pool's files while this process uses it."""
+        try:
+            return not self.closed and self.attachment.lost()
+        except OSError:  # it was left just now
+            return False
+
+    def mend(self) -> None:
+        """Go on as well as can be where somebody removed the pool's files.
+
+        Those who have joined it still share it, by connections that are open; what connects later
+        meets in a new pool.
+        """
+        if self.lost():
+            _set_aside(self)
+        self.attachment.restore()
+
     # ------------------------------------------------------------------------------- leaving
 
     def settle(self, timeout_s: float = 10.0) -> None:
@@ -462,6 +479,7 @@ class Pool:
 
 
 _pools: dict[str, Pool] = {}
+_lost: list[Pool] = []  # their files were removed; nobody connects by them any more
 on_attach: list[Callable[[Pool], None]] = []  # called with each pool that is joined
 _refused: dict[Settings, tuple[float, type[PoolError], tuple[Any, ...]]] = {}
 _registry = threading.RLock()
@@ -485,6 +503,9 @@ def attach(settings: Settings | None = None) -> Pool:
     key = settings.path or ""
     with _registry:
         pool = _pools.get(key)
+        if pool is not None and pool.lost():
+            _set_aside(pool)
+            pool = None
         if pool is not None and not pool.closed:
             return pool
         until, kind, arguments = _refused.get(settings, (0.0, PoolError, ()))
@@ -522,19 +543,38 @@ def attached(path: str | None = None) -> Pool | None:
         except PoolError:
             return None
     pool = _pools.get(path or "")
-    return None if pool is None or pool.closed else pool
+    return None if pool is None or pool.closed or pool.lost() else pool
+
+
+def _set_aside(pool: Pool) -> None:
+    """Have nothing new use a pool whose files were removed."""
+    with _registry:
+        if _pools.get(pool.path) is not pool:
+            return
+        del _pools[pool.path]
+        _lost.append(pool)
+    counters.fallback("files-removed")
+    counters.explain(
+        "files-removed",
+        f"somebody removed the files of the pool in {pool.path} while it was in use. At the end "
+        "of a user's last session systemd does (RemoveIPC=yes, the default): set RemoveIPC=no in "
+        "/etc/systemd/logind.conf, or `loginctl enable-linger USER`, or set shm-bridge.pool.path "
+        "to a folder elsewhere. Arrays and open connections keep the old pool; new connections "
+        "use a new one",
+    )
 
 
 def in_use() -> bool:
     """Say whether this process has joined any pool."""
-    return bool(_pools)
+    return bool(_pools or _lost)
 
 
 def detach_all(*, at_exit: bool = False) -> None:
     """Leave every pool this process has joined. Arrays that are alive keep their bytes."""
     with _registry:
-        pools = list(_pools.values())
+        pools = [*_pools.values(), *_lost]
         _pools.clear()
+        _lost.clear()
     for pool in pools:
         pool.close(at_exit=at_exit)
 
@@ -557,25 +597,28 @@ def _retire(pool: Pool) -> bool:
             return False
         if _pools.get(pool.path) is pool:
             del _pools[pool.path]
+        elif pool in _lost:
+            _lost.remove(pool)
         pool.close()
     return True
 
 
 def joined() -> list[Pool]:
     """Return the pools that this process is a member of."""
-    return [pool for pool in list(_pools.values()) if not pool.closed]
+    return [pool for pool in [*list(_pools.values()), *_lost] if not pool.closed]
 
 
 def forget() -> None:
     """Be no member any more, in a forked child: it must release nothing of its parent's."""
     global _registry
     _registry = threading.RLock()
-    for pool in _pools.values():
+    for pool in [*_pools.values(), *_lost]:
         pool.closed = True
         _inherited.append(pool)  # its mappings must stay, whatever the child still refers to
         with contextlib.suppress(Exception):
             pool.ledger.record.abandon()
     _pools.clear()
+    _lost.clear()
 
 
 _inherited: list[Pool] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -359,6 +360,174 @@ def test_parts_with_foreign_modes_are_refused(settings, pool_folder, child, part
     assert descriptors(pool_folder) == []
     (pool_folder / name / part).chmod(mode)
     other.ask()
+
+
+PARTS = ["lock", "current", "pool", "ledger.lock", "ledger/data.mdb"]
+NOBODY = 65534
+
+
+def part_of(pool_folder, name, part):
+    return pool_folder / part if part in ("lock", "current") else pool_folder / name / part
+
+
+@pytest.fixture
+def in_use(pool_folder, child):
+    """A pool that another process is in, which is stopped: it must not miss what is replaced."""
+    other = child(STAY)
+    name, _ = other.hear()
+    yield name
+    other.kill()
+    shutil.rmtree(pool_folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_second_name_of_a_file_is_refused(settings, pool_folder, in_use, tmp_path, part):
+    """Who has a hard link to a file reads it whatever becomes of the folder's mode."""
+    os.link(part_of(pool_folder, in_use, part), pool_folder.with_name(f"{pool_folder.name}-link"))
+    try:
+        with pytest.raises(PoolUnsafeError, match=r"hard link.*shm-bridge\.pool\.path") as caught:
+            folder.attach(settings(), "client")
+        assert os.path.basename(part) in str(caught.value)
+        assert descriptors(pool_folder) == []
+    finally:
+        os.unlink(pool_folder.with_name(f"{pool_folder.name}-link"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "socket", "device"])
+def test_what_is_no_regular_file_is_refused(settings, pool_folder, in_use, tmp_path, part, kind):
+    path = part_of(pool_folder, in_use, part)
+    os.unlink(path)
+    victim = tmp_path / "victim"
+    if kind == "link":
+        victim.write_text("mine")
+        path.symlink_to(victim)
+    elif kind == "dangling":
+        path.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(path, 0o600)
+    elif kind == "folder":
+        path.mkdir(mode=0o700)
+    elif kind == "socket":
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+    else:
+        if os.geteuid():
+            pytest.skip("only root may make a device")
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    with pytest.raises(PoolUnsafeError, match=r"regular file.*shm-bridge\.pool\.path") as caught:
+        folder.attach(settings(), "client")
+    assert os.path.basename(part) in str(caught.value)
+    assert descriptors(pool_folder) == []
+    assert victim.exists() == (kind == "link")
+    assert kind != "link" or victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "file"])
+def test_a_path_that_is_no_folder_is_refused(settings, pool_folder, tmp_path, kind):
+    if kind == "dangling":
+        pool_folder.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(pool_folder, 0o600)
+    else:
+        pool_folder.write_text("mine")
+    with pytest.raises(PoolUnsafeError, match=r"no folder.*shm-bridge\.pool\.path"):
+        folder.attach(settings(), "client")
+    assert os.listdir(tmp_path) == []
+    assert kind != "file" or pool_folder.read_text() == "mine"
+    pool_folder.unlink()
+
+
+@pytest.fixture
+def root():
+    if os.geteuid():
+        pytest.skip("only root may give files to another user")
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o777])
+def test_a_folder_that_another_user_made_first(root, settings, tmp_path, mode):
+    """As in /dev/shm: anybody may make a file there, and nobody may remove another's."""
+    tmp_path.chmod(0o1777)
+    path = tmp_path / "pool"
+    path.mkdir()
+    path.chmod(mode)
+    os.chown(path, NOBODY, NOBODY)
+    with pytest.raises(PoolUnsafeError, match=rf"belongs to user {NOBODY}.*shm-bridge\.pool\.path"):
+        folder.attach(settings(path=str(path)), "client")
+    assert os.listdir(path) == []
+
+
+@pytest.mark.parametrize("part", [*PARTS, "members", "ledger"])
+def test_parts_of_another_user_are_refused(root, settings, pool_folder, in_use, part):
+    os.chown(part_of(pool_folder, in_use, part), NOBODY, NOBODY)
+    with pytest.raises(PoolUnsafeError, match=f"belongs to user {NOBODY}") as caught:
+        folder.attach(settings(), "client")
+    assert os.path.basename(part) in str(caught.value)
+    assert descriptors(pool_folder) == []
+
+
+def test_a_lock_file_of_another_users_member_is_refused(root, settings, pool_folder, in_use):
+    (name,) = os.listdir(pool_folder / in_use / "members")
+    os.chown(pool_folder / in_use / "members" / name, NOBODY, NOBODY)
+    with pytest.raises(PoolUnsafeError, match=f"{name} belongs to user {NOBODY}"):
+        folder.attach(settings(), "client")
+
+
+AS_NOBODY = (
+    ATTACH
+    + """
+folder.attach(settings, "client").leave()  # everything is imported now
+os.setgid(65534)
+os.setuid(65534)
+hear()
+try:
+    one = folder.attach(settings, "client")
+except PoolUnsafeError as error:
+    say(str(error))
+else:
+    say("joined")
+"""
+)
+
+
+def test_a_user_without_rights_is_told_whose_folder_it_is(root, settings, pool_folder, child):
+    """The system says only that permission is denied: not to whom the folder belongs."""
+    other = child(AS_NOBODY)
+    with attached(settings):
+        said = other.ask()
+    assert said == (
+        f"{pool_folder} belongs to user 0, not to this process's user {NOBODY}: "
+        "set shm-bridge.pool.path to a folder of your own"
+    )
+    other.wait()
+
+
+def test_a_lock_that_is_removed_while_it_is_waited_for(settings, pool_folder, child):
+    """Whoever has waited for it would be alone with it, beside those who lock a new one."""
+    other = child(
+        ATTACH
+        + """
+with folder._locked(settings.path, create=True):
+    say()
+    hear()
+say()
+hear()
+"""
+    )
+    other.hear()
+    names = []
+    thread = threading.Thread(target=lambda: names.append(join_and_leave(settings, pool_folder)))
+    thread.start()
+    time.sleep(0.2)  # it waits for the lock, or has not begun
+    shutil.rmtree(pool_folder)
+    other.ask()
+    thread.join(30)
+    assert names == [True]
+
+
+def join_and_leave(settings, pool_folder):
+    """Join; say whether a lock that others find was held meanwhile."""
+    with attached(settings) as one:
+        return (pool_folder / "lock").exists() and (pool_folder / one.name).exists()
 
 
 # ------------------------------------------------------------------------------ small memory

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -893,3 +894,103 @@ def test_identity_is_that_of_the_file(small_pool, child):
     other = child(WRITER + "say(joined.identity())\nhear()\npool.detach_all()\nsay()\nhear()")
     assert other.hear() == small_pool.identity()
     other.ask()
+
+
+# ------------------------------------------------------------- files that vanish (RemoveIPC=)
+
+
+def test_files_that_were_removed(pool_folder, child, caplog, monkeypatch):
+    """The old pool goes on for its members, a new one is made, and it is said once."""
+    monkeypatch.setattr(counters, "_said", set())
+    before = causes()
+    other = child(
+        """
+        from dask_shm_bridge import pool
+        one = pool.attach()
+        say(one.id)
+        hear()
+        say(pool.attach().id)
+        hear()
+        pool.detach_all()
+        say()
+        """
+    )
+    old = pool.attach()
+    assert other.hear() == old.id
+    (grant,) = old.ledger.allocate(old.member, [MiB], "input")
+    old.views.bytes_of(grant)[:] = 7
+    array = np.frombuffer(old.views.claim(grant), np.uint8)
+    shutil.rmtree(pool_folder)
+    assert pool.attached() is None
+    new = pool.attach()
+    assert new.id != old.id
+    assert pool.attached() is new
+    assert pool.joined() == [new, old]
+    assert other.ask() == new.id
+    connection = old.connect()
+    assert old.ship(connection, [Frame(0, 1, array.data, array.nbytes)], "input").tickets == {0: 1}
+    old.disconnect(connection)
+    # both have put their lock files where each sees whether the other lives
+    members = pool_folder / old.attachment.name / "members"
+    assert eventually(lambda: members.exists() and len(os.listdir(members)) == 2)
+    assert old.attachment.dead_members() == []
+    other.kill()
+    (dead,) = old.attachment.dead_members()
+    assert eventually(lambda: old.attachment.sweep() == 0 and len(old.ledger.members()) == 1)
+    assert dead not in [member.id for member in old.ledger.members()]
+    assert (array == 7).all()
+    assert caplog.text.count("RemoveIPC=no") == 1
+    assert more(before) == {"files-removed": 1}
+    shutil.rmtree(pool_folder)  # and again
+    assert pool.attach().id not in (old.id, new.id)
+    pool.detach_all()
+    assert pool.joined() == []
+    assert (array == 7).all()
+
+
+def test_a_lock_file_alone_that_was_removed(pool_folder):
+    shared = pool.attach()
+    name = pool_folder / shared.attachment.name / "members" / f"{shared.member:016x}"
+    inode = name.stat().st_ino
+    os.unlink(name)
+    assert pool.attached() is shared
+    assert eventually(name.exists)
+    assert name.stat().st_ino != inode
+    assert pool.attach() is shared
+
+
+def test_a_lost_pool_is_left_when_nobody_uses_it(pool_folder, settings):
+    old = pool.attach(settings(linger_s=0.1))
+    connection = old.connect()
+    shutil.rmtree(pool_folder)
+    new = pool.attach(settings(linger_s=60.0))
+    assert not old.closed
+    old.disconnect(connection)
+    assert eventually(lambda: old.closed)
+    assert pool.joined() == [new]
+
+
+def test_a_forked_child_of_a_member_of_a_lost_pool(pool_folder, child):
+    one = child(
+        """
+        import os, shutil, time
+        import numpy as np
+        from dask_shm_bridge import pool
+        old = pool.attach()
+        (grant,) = old.ledger.allocate(old.member, [1 << 20], "input")
+        old.views.bytes_of(grant)[:] = 7
+        array = np.frombuffer(old.views.claim(grant), np.uint8)
+        shutil.rmtree(old.path)
+        new = pool.attach()
+        pid = os.fork()
+        if not pid:
+            ok = (array == 7).all() and pool.joined() == []
+            os._exit(0 if ok else 1)
+        _, status = os.waitpid(pid, 0)
+        say([os.waitstatus_to_exitcode(status), len(pool.joined()), int(array.sum())])
+        del array
+        pool.detach_all()
+        """
+    )
+    assert one.hear() == [0, 2, 7 << 20]
+    one.wait()

@@ -397,8 +397,12 @@ def test_strange_names_are_told_and_left(pool_folder: Path, child: Callable[...,
     name, _, _ = one.hear()
     (pool_folder / "mine.npy").touch()
     (pool_folder / name / "core").touch()
-    assert [kind for kind, _ in looked(pool_folder)] == ["stray", "stray"]
+    two = child(STAY)
+    two.hear()
+    two.kill()
+    assert sorted(kind for kind, _ in looked(pool_folder)) == ["dead", "stray", "stray"]
     sweep(str(pool_folder), 5.0)
+    assert [kind for kind, _ in looked(pool_folder)] == ["stray", "stray"]
     assert (pool_folder / "mine.npy").exists()
     assert (pool_folder / name / "core").exists()
     os.unlink(pool_folder / "mine.npy")
@@ -535,16 +539,45 @@ def test_a_lock_file_that_was_removed(pool_folder: Path, child: Callable[..., Ch
     one.ask(LEAVE)
 
 
+def test_a_pool_whose_files_were_removed_at_a_logout(
+    pool_folder: Path, child: Callable[..., Child]
+) -> None:
+    one = child(STAY)
+    old, _, _ = one.hear()
+    shutil.rmtree(pool_folder)
+    one.ask("pool.attach(); p.mend()")
+    assert sorted(leftovers(pool_folder))[0] == "current"
+    ((kind, text),) = looked(pool_folder)
+    assert kind == "missing"
+    assert old in text
+    assert "RemoveIPC" in text
+    before = leftovers(pool_folder)
+    assert len(before) == 3  # the pointer, the new pool, and the members of the old one
+    swept = sweep(str(pool_folder), 5.0)
+    assert (swept.pools, swept.files, swept.members) == ((), (), ())
+    assert leftovers(pool_folder) == before
+    one.ask(LEAVE)
+    assert leftovers(pool_folder) == []
+
+
 def test_an_unsafe_folder_is_told_and_left(pool_folder: Path, tmp_path: Path) -> None:
     pool_folder.mkdir(mode=0o700)
     (pool_folder / "lock").touch(mode=0o600)
     pool_folder.chmod(0o755)
     assert [kind for kind, _ in looked(pool_folder)] == ["unsafe"]
     assert CliRunner().invoke(shm, ["sweep"]).exit_code == 1
+    pool_folder.chmod(0o700)
+    os.unlink(pool_folder / "lock")
+    (pool_folder / "lock").symlink_to(tmp_path / "nowhere")
+    ((kind, text),) = looked(pool_folder)
+    assert kind == "unsafe"
+    assert "lock in the pool's folder is no regular file" in text
+    assert CliRunner().invoke(shm, ["sweep"]).exit_code == 1
     shutil.rmtree(pool_folder)
     pool_folder.symlink_to(tmp_path)
     assert [kind for kind, _ in looked(pool_folder)] == ["unsafe"]
     assert CliRunner().invoke(shm, ["sweep"]).exit_code == 1
+    assert os.listdir(tmp_path) == []
     pool_folder.unlink()
 
 

@@ -12,6 +12,7 @@ Facts this module rests on, with their sources:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -74,6 +75,7 @@ def open_directory(path: str, *, dir_fd: int | None = None) -> int:
             raise PoolUnsafeError(
                 f"{path} is a link or no folder: remove it, or set shm-bridge.pool.path"
             ) from None
+        _refuse_foreign(path, dir_fd)
         raise
     try:
         _check(path, os.fstat(fd), 0o077)
@@ -102,13 +104,19 @@ def open_file(path: str, *, dir_fd: int, create: bool = False, exclusive: bool =
         fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise PoolUnsafeError(f"{path} in the pool's folder is no regular file") from None
+            raise PoolUnsafeError(_IRREGULAR.format(path)) from None
+        _refuse_foreign(path, dir_fd)
         raise
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise PoolUnsafeError(f"{path} in the pool's folder is no regular file")
+            raise PoolUnsafeError(_IRREGULAR.format(path))
         _check(path, status, 0o077)
+        if status.st_nlink > 1:
+            raise PoolUnsafeError(
+                f"{path} in the pool's folder has a second name (a hard link), by which others "
+                "may read it: remove it, or set shm-bridge.pool.path"
+            )
     except BaseException:
         os.close(fd)
         raise
@@ -121,6 +129,16 @@ def memory_file(name: str) -> int:
     Whoever inherits the descriptor may open it by /proc/self/fd (memfd_create(2)).
     """
     return os.memfd_create(name, os.MFD_CLOEXEC)
+_IRREGULAR = (
+    "{} in the pool's folder is no regular file (a link, a folder, a pipe ...): remove it, or set "
+    "shm-bridge.pool.path"
+)
+
+
+def _refuse_foreign(path: str, dir_fd: int | None) -> None:
+    """Say so where a path could not be opened because it belongs to somebody else."""
+    with contextlib.suppress(OSError):
+        _check(path, os.stat(path, dir_fd=dir_fd, follow_symlinks=False), 0)
 
 
 def _check(path: str, status: os.stat_result, forbidden: int) -> None:
@@ -134,6 +152,11 @@ def _check(path: str, status: os.stat_result, forbidden: int) -> None:
             f"{path} is open to other users (mode {stat.S_IMODE(status.st_mode):o}): make it "
             "private (chmod 700 for the folder, 600 for files), or remove it"
         )
+
+
+def is_removed(fd: int) -> bool:
+    """Say whether an open file or folder has no name any more."""
+    return os.fstat(fd).st_nlink == 0
 
 
 def filesystem_bytes(fd: int) -> int:
@@ -202,6 +225,13 @@ class MemberLock:
         self._fd = open_file(name, dir_fd=dir_fd, exclusive=True)
         if not try_lock(self._fd):  # pragma: no cover - the file is new and only ours
             raise PoolError(f"the new lock file {name} is locked already")
+
+    def removed(self) -> bool:
+        """Say whether somebody has removed the file while this member lives."""
+        try:
+            return is_removed(self._fd)
+        except OSError:  # it was just closed
+            return False
 
     def close(self) -> None:
         """Be dead to the others. Removing the file is theirs or the pool's."""

@@ -21,7 +21,7 @@ PAGE_BYTES = 4096
 GuardLock: Any = _refuse
 Mapping: Any = _refuse
 MemberLock: Any = _refuse
-boot_id = commit = create_directory = filesystem_bytes = is_alive = _refuse
+boot_id = commit = create_directory = filesystem_bytes = is_alive = is_removed = _refuse
 memory_file = open_directory = open_file = try_lock = unlock = _refuse
 
 

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field, replace
 
 from dask_shm_bridge import folder, mapping
 from dask_shm_bridge.audit import Finding, audit
-from dask_shm_bridge.errors import LedgerBusyError, LedgerError, PoolError, PoolUnsupportedError
+from dask_shm_bridge.errors import (
+    LedgerBusyError,
+    LedgerError,
+    PoolError,
+    PoolUnsafeError,
+    PoolUnsupportedError,
+)
 from dask_shm_bridge.layout import HEADER_SIZE, Header
 from dask_shm_bridge.ledger import GUARD, record_bytes
 from dask_shm_bridge.record import Tables
@@ -149,6 +155,8 @@ def _look(path: str | None, timeout_s: float) -> Survey:
     try:
         with folder._locked(there) as base:
             return _look_inside(there, base, timeout_s)
+    except PoolUnsafeError as error:
+        return Survey(there, True, findings=(Finding("unsafe", there, str(error)),))
     except OSError as error:
         raise PoolError(f"{there} can't be looked at: {error}") from error
 
@@ -187,17 +195,15 @@ def _look_at_pool(path: str, base: int, name: str, current: bool, timeout_s: flo
     if not seen.in_use:
         text = f"{place} was left by processes that were killed: nobody uses it"
         return replace(seen, findings=(Finding("leftover", name, text),))
-    findings = []
-    if not current:
-        text = f"{place} is in use, but nobody can join it: `current` names another pool"
-        findings.append(Finding("pointer", name, text))
     with ExitStack() as stack:
         directory = mapping.open_directory(name, dir_fd=base)
         stack.callback(os.close, directory)
-        wrong = list(_wrong_files(place, directory))
-        findings += wrong
-        if wrong:  # what is written there isn't looked at
+        findings = list(_wrong_files(place, directory))
+        if any(found.kind != "stray" for found in findings):  # what is written there isn't read
             return replace(seen, findings=tuple(findings))
+        if not current:
+            text = f"{place} is in use, but nobody can join it: `current` names another pool"
+            findings.append(Finding("pointer", name, text))
         header, damage = _header(place, name, directory)
         findings += damage
         try:
@@ -238,6 +244,14 @@ def _look_at_pool(path: str, base: int, name: str, current: bool, timeout_s: flo
 
 def _wrong_files(place: str, directory: int) -> Iterator[Finding]:
     """Look at types, owners, modes and links, without opening anything."""
+    if os.listdir(directory) == ["members"]:
+        yield Finding(
+            "missing",
+            os.path.basename(place),
+            f"the files of {place} were removed, by hand or at a logout (RemoveIPC= in "
+            "logind.conf): its members still share them, and nobody else can",
+        )
+        return
     for name in (*_FOLDERS, *_FILES, "ledger/data.mdb"):
         subject = f"{os.path.basename(place)}/{name}"
         try:
