@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pickle import PickleBuffer
 from typing import Any
@@ -35,6 +36,30 @@ def address_of(frame: Any) -> int | None:
     return None if array is None else int(array.__array_interface__["data"][0])
 
 
+def started(threads: int, name: str) -> ThreadPoolExecutor:
+    """Make an executor whose threads all run: a job that it takes never lacks one.
+
+    An executor that starts a thread when it is given a job raises where there is none to be had,
+    with the job on its queue: it would be done later, for nobody.
+
+    Raises
+    ------
+    RuntimeError
+        If no more threads can be started.
+    """
+    executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    meeting = threading.Barrier(threads + 1)  # each keeps its thread until all are there
+    try:
+        for _ in range(threads):
+            executor.submit(meeting.wait)
+        meeting.wait()
+    except BaseException:
+        meeting.abort()
+        executor.shutdown()
+        raise
+    return executor
+
+
 class Copier:
     """Copies buffers, large ones by several threads.
 
@@ -46,11 +71,7 @@ class Copier:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = (
-            ThreadPoolExecutor(threads - 1, thread_name_prefix="shm-bridge-copy")
-            if threads > 1
-            else None
-        )
+        self._pool = started(threads - 1, "shm-bridge-copy") if threads > 1 else None
 
     def copy(self, target: npt.NDArray[np.uint8], frame: Any) -> None:
         """Copy a buffer's bytes to `target`, which has as many.

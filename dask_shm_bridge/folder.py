@@ -86,6 +86,10 @@ class Attachment:
             self.ledger.leave([self.member])
             left = True
         self.ledger.close()
+        for fd in (self.pool_fd, self.ledger_lock_fd):
+            os.close(fd)
+        # No descriptor more at a time from here on than were closed, or a process that has none
+        # left could not remove the files.
         try:
             with _locked(self.path) as base:
                 self.member_lock.close()
@@ -93,16 +97,16 @@ class Attachment:
                 try:
                     if left:
                         _unlink(_member_name(self.member), members)
-                    if not _alive(members):
-                        _remove(self.name, base)
+                    empty = not _alive(members)
                 finally:
                     os.close(members)
+                if empty:
+                    _remove(self.name, base)
         except (OSError, PoolError) as error:
             logger.debug("the pool in %s was left without its lock: %s", self.path, error)
         finally:
             self.member_lock.close()
-            for fd in (self.pool_fd, self.directory_fd, self.ledger_lock_fd):
-                os.close(fd)
+            os.close(self.directory_fd)
             _joined.discard(self.name)
 
     def stay(self, leases: Iterable[int]) -> None:
@@ -237,7 +241,12 @@ def attach(settings: Settings, role: str) -> Attachment:
                 _remove_unused(base)
             # A pool that nobody living uses was left by processes that died: never opened, it is
             # replaced, whatever is in its files.
-            return _join(settings, _create(settings, base), base, role)
+            name = _create(settings, base)
+            try:
+                return _join(settings, name, base, role)
+            except BaseException:
+                _remove(name, base)  # nobody else can have joined it: we hold the lock
+                raise
     except (OSError, LedgerError) as error:
         raise PoolError(
             f"the pool in {settings.path} can't be had ({error}): make room there, or set "
@@ -323,8 +332,10 @@ def _create(settings: Settings, base: int) -> str:
     header = Header(secrets.token_bytes(16), layout, asked)
     name = f"pool-{header.pool_id.hex()}"
     try:
-        mapping.create_directory(name, dir_fd=base)
         with ExitStack() as stack:
+            for _ in range(2):  # short of descriptors, `_remove` must have what it needs
+                stack.callback(os.close, os.dup(base))
+            mapping.create_directory(name, dir_fd=base)
             directory = mapping.open_directory(name, dir_fd=base)
             stack.callback(os.close, directory)
             mapping.create_directory("members", dir_fd=directory)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from dask_shm_bridge import counters, folder, mapping
 from dask_shm_bridge.config import Settings
-from dask_shm_bridge.copying import Copier, address_of
+from dask_shm_bridge.copying import Copier, address_of, started
 from dask_shm_bridge.errors import (
     BridgeError,
     ConnectionGoneError,
@@ -71,7 +71,7 @@ class Pool:
         self.events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self.views = Views(attachment.pool_fd, self.layout, self.events)
         self.copier = Copier(settings.copy_threads)
-        self._jobs = ThreadPoolExecutor(4, thread_name_prefix="shm-bridge")
+        self._jobs = started(4, "shm-bridge")
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
         self.pins: Any = None  # of a process with a GPU: what of the pool is registered with CUDA
