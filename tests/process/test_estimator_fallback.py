@@ -182,9 +182,7 @@ def mean_of(model: Any, X: np.ndarray) -> float:
     return float(np.mean(model.predict(X)))
 
 
-def test_a_model_in_the_graph_of_a_scheduler_in_this_process(
-    local_cluster: Any, data: Any
-) -> None:
+def test_a_model_in_the_graph_of_a_scheduler_in_this_process(local_cluster: Any, data: Any) -> None:
     """The scheduler unpickles it on the event loop that has to answer where the model is."""
     from dask_shm_bridge.cuml.linear_model import Ridge
 
