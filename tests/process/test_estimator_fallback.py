@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from distributed import Client, LocalCluster
 from distributed.core import Status
+from estimator_checks import CHECKED, differences, failures
 
 from dask_shm_bridge import counters, remote
 from dask_shm_bridge.cuml import options
@@ -289,36 +290,8 @@ def test_an_error_that_is_a_timeout_of_its_own() -> None:
 
 # ------------------------------------------------------------------------ check_estimator
 
-# (name, parameters of both): cuML's class by its scikit-learn counterpart.
-CHECKED = [
-    ("cluster.KMeans", {"n_init": 1, "max_iter": 20}),
-    ("cluster.DBSCAN", {}),
-    ("decomposition.PCA", {}),
-    ("linear_model.LogisticRegression", {"max_iter": 50}),
-    ("linear_model.Ridge", {}),
-    ("ensemble.RandomForestClassifier", {"n_estimators": 3}),
-    ("neighbors.NearestNeighbors", {}),
-]
-
 # Checks that the proxy fails and the local class passes, each with its reason.
 EXCEPTIONS: dict[str, dict[str, str]] = {}
-
-
-def outcomes(estimator: Any) -> dict[str, str]:
-    from sklearn.exceptions import SkipTestWarning
-    from sklearn.utils.estimator_checks import check_estimator
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SkipTestWarning)
-        results = check_estimator(estimator, on_fail=None, on_skip=None)
-    found: dict[str, str] = {}
-    for result in results:
-        name, status = result["check_name"], result["status"]
-        if found.get(name) != "failed":
-            found[name] = status if status == "passed" else f"{status}"
-            if status == "failed":
-                print(name, repr(result["exception"])[:400])
-    return found
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -329,9 +302,6 @@ def test_check_estimator(
     # The catalogue of the fake has scikit-learn's parameters and tags, so both run the same checks.
     from dask_shm_bridge.cuml import describe, proxy
 
-    local = describe.locate(f"sklearn.{name}")
-    ours = outcomes(proxy.class_of(f"cuml.{name}")(**params))
-    theirs = outcomes(local(**params))
-    failed = {check for check, status in ours.items() if status == "failed"}
-    failed_there = {check for check, status in theirs.items() if status == "failed"}
-    assert failed - failed_there == set(EXCEPTIONS.get(name, {}))
+    ours = failures(lambda: proxy.class_of(f"cuml.{name}")(**params))
+    theirs = failures(lambda: describe.locate(f"sklearn.{name}")(**params))
+    assert differences(ours, theirs, EXCEPTIONS.get(name, {})) == []
