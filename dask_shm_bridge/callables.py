@@ -10,12 +10,12 @@ class Remote:
 
     # The scheduler's placement reads it: what is named here belongs on the GPU worker.
     __shm_bridge_gpu__ = True
-    __shm_bridge_falls_back__ = True  # where there is none, it need not wait for one
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, falls_back: bool = False) -> None:
         if not all(part.isidentifier() for part in path.split(".")) or "." not in path:
             raise ValueError(f"{path!r} is no dotted path such as 'cuml.metrics.accuracy_score'")
         self.path = path
+        self.__shm_bridge_falls_back__ = falls_back  # where there is none, it need not wait for one
         self.__name__ = path.rpartition(".")[2]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -23,18 +23,27 @@ class Remote:
         return self._target()(*args, **kwargs)
 
     def _target(self) -> Any:
+        from dask_shm_bridge import counters
         from dask_shm_bridge.cuml import catalogue, describe, fallback
 
         try:
             return describe.locate(self.path)
         except ImportError as error:
             missing = error.name == "cuml" == self.path.partition(".")[0]
-            if not missing or not _may_fall_back():
+            entry = catalogue.current().find(self.path) or {}
+            # A class would come with scikit-learn's defaults and methods.
+            if not missing or entry.get("kind") == "class" or not _may_fall_back():
                 raise
-            return fallback.counterpart(self.path, catalogue.current().find(self.path) or {})
+            found = fallback.counterpart(self.path, entry)
+            counters.fallback("no-cuml")
+            counters.explain(
+                "no-cuml",
+                f"cuML is not installed here: {self.path} and the like run as scikit-learn's",
+            )
+            return found
 
     def __reduce__(self) -> Any:
-        return Remote, (self.path,)
+        return Remote, (self.path, self.__shm_bridge_falls_back__)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and other.path == self.path
@@ -70,4 +79,14 @@ def remote(path: str) -> Any:
     Where cuML is not installed, scikit-learn's counterpart of a function of cuML is called, unless
     ``shm-bridge.cuml.fallback`` is false.
     """
-    return Remote(path)
+    return Remote(path, _has_counterpart(path))
+
+
+def _has_counterpart(path: str) -> bool:
+    """Whether it is a function of cuML's that scikit-learn has too."""
+    if not path.startswith("cuml."):
+        return False
+    from dask_shm_bridge.cuml import catalogue
+
+    entry = catalogue.current().find(path) or {}
+    return entry.get("kind") == "function" and entry.get("counterpart") is not None

@@ -27,7 +27,7 @@ from dask._task_spec import Alias, DataNode, Task, TaskRef
 
 ANNOTATION = "shm_bridge_gpu"  # dask.annotate(shm_bridge_gpu=True), or False
 MARKER = "__shm_bridge_gpu__"  # an attribute of a callable or of its class
-FALLS_BACK = "__shm_bridge_falls_back__"
+FALLS_BACK = "__shm_bridge_falls_back__"  # an attribute of a callable itself
 
 MAX_LOOKED = 1000  # objects of a task
 MAX_ITEMS = 64  # of a list, which is data more often than not
@@ -135,7 +135,7 @@ class Placement:
             if owner is None or isinstance(owner, ModuleType):
                 return self.names_gpu(getattr(item, "__module__", None))
             return self._uses_gpu(owner, 0)
-        if self._type(type(item)) or _members(item).get(MARKER) is True:
+        if self._type(type(item)) or members(item).get(MARKER) is True:
             return True
         # What compilers make: their types say nothing, and they themselves where they are from.
         if self.names_gpu(getattr(item, "__module__", None)):
@@ -229,9 +229,10 @@ def _codes(code: CodeType) -> list[CodeType]:
     return found
 
 
-def _members(item: Any) -> dict[str, Any]:
-    members = getattr(item, "__dict__", None)
-    return members if type(members) is dict else {}
+def members(item: Any) -> dict[str, Any]:
+    """Return what an object holds itself, whatever its class says of attributes."""
+    found = getattr(item, "__dict__", None)
+    return found if type(found) is dict else {}
 
 
 def _parts(item: Any) -> Iterable[Any]:
@@ -246,4 +247,4 @@ def _parts(item: Any) -> Iterable[Any]:
         return ()
     if type(item).__module__.partition(".")[0] in _OPAQUE:
         return ()
-    return islice(_members(item).values(), MAX_ITEMS)
+    return islice(members(item).values(), MAX_ITEMS)

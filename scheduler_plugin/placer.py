@@ -27,7 +27,7 @@ from distributed.protocol import pickle
 
 from dask_shm_bridge.config import PlacementSettings
 from dask_shm_bridge.errors import NoGpuWorkerError
-from scheduler_plugin.placement import ANNOTATION, FALLS_BACK, Placement
+from scheduler_plugin.placement import ANNOTATION, FALLS_BACK, Placement, members
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler, TaskState
@@ -214,4 +214,4 @@ class Placer:
 
 def _falls_back(run_spec: Any) -> bool:
     """Say whether what a task calls does something else where there is no GPU, by itself."""
-    return getattr(type(getattr(run_spec, "func", None)), FALLS_BACK, None) is True
+    return members(getattr(run_spec, "func", None)).get(FALLS_BACK) is True

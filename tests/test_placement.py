@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 import os
+import pickle
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from dask._task_spec import Alias, DataNode, Dict, List, Task, TaskRef
 
 import scheduler_plugin.devices as devices
 from scheduler_plugin.placement import MARKER, MAX_LOOKED, Placement
+from scheduler_plugin.placer import _falls_back
 
 CLUSTER = """
 class KMeans:
@@ -256,6 +258,19 @@ def test_a_library_that_supports_gpus_is_no_use_of_one(gpu: Any, placement: Plac
 def test_what_can_do_without_needs_none(error: str, placement: Placement) -> None:
     source = f"def f(x):\n try:\n  import cupy\n except {error}:\n  import numpy\n return x"
     assert not placement.needs_gpu(task(of_main(source), TaskRef("x")))
+
+
+def test_only_functions_with_a_counterpart_fall_back() -> None:
+    from dask_shm_bridge import remote
+
+    def falls_back(path: str) -> bool:
+        return _falls_back(task(pickle.loads(pickle.dumps(remote(path))), 1))
+
+    assert falls_back("cuml.metrics.accuracy_score")
+    for other in ("cuml.cluster.KMeans", "cuml.metrics.no_such_score", "cupy.sum"):
+        assert not falls_back(other), other
+    assert not _falls_back(task(math.sqrt, 2))
+    assert not _falls_back(None)
 
 
 def test_modules_and_types_by_name(placement: Placement) -> None:

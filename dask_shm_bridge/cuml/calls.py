@@ -8,16 +8,38 @@ from typing import Any
 from dask_shm_bridge.cuml import clients, lazy, session
 from dask_shm_bridge.cuml.bases import not_fitted, requires_fit
 from dask_shm_bridge.cuml.model import Model
-from dask_shm_bridge.cuml.outcome import LIBRARIES, held_here
-from dask_shm_bridge.cuml.packing import Arguments
+from dask_shm_bridge.cuml.outcome import held_here
+from dask_shm_bridge.cuml.packing import Arguments, first_of
 from dask_shm_bridge.cuml.recipe import Recipe
 
 # What the fallback needs of a catalogue entry; the rest stays on the client.
 FALLBACK_FIELDS = ("counterpart", "defaults")
 
 
-def _is_fit(name: str) -> bool:
-    return name.startswith(("fit", "partial_fit"))
+# Others than fits that change a model. Like a fit, they make a new one of a copy.
+CHANGING = frozenset(
+    {
+        "generate_prediction_data",
+        "search",
+        "set_fit_params",
+        "unpack",
+        "update_log_probs",
+    }
+)
+
+
+def _changes(name: str) -> bool:
+    return name.startswith(("fit", "partial_fit")) or name in CHANGING
+
+
+def _goes_on(estimator: Any, name: str) -> bool:
+    """Whether a method that changes a fitted model goes on from what it is."""
+    return (
+        name == "partial_fit"
+        or name in CHANGING
+        or bool(getattr(estimator, "warm_start", False))
+        or "search" in estimator._entry["methods"]  # the fit takes what was found
+    )
 
 
 def _recipe(
@@ -28,7 +50,6 @@ def _recipe(
     estimator: Any = None,
 ) -> Recipe:
     params = estimator._params() if estimator is not None else {}
-    remote = arguments.futures or arguments.collections
     return Recipe(
         path=path,
         entry={name: entry.get(name) for name in FALLBACK_FIELDS},
@@ -38,110 +59,30 @@ def _recipe(
         changed={},
         method=method,
         plain=arguments.plain,
-        # What stays on a worker stays what it is there.
-        holds=frozenset(LIBRARIES) if remote else held_here(),
+        holds=held_here(),
+        stays=arguments.futures,
     )
 
 
 def method(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of an estimator on a worker."""
-    if _is_fit(name):
+    if _changes(name):
         return _fit(estimator, name, args, kwargs)
-    model: Model | None = estimator._model
-    if model is None:
-        if requires_fit(estimator._entry):
-            raise not_fitted(type(estimator).__name__)
-        return _unfitted(estimator, name, args, kwargs)
-    first = args[0] if args else next(iter(kwargs.values()), None)
-    if name in lazy.ROWWISE and lazy.is_collection(first):
-        return _lazy(estimator, model, name, args, kwargs)
-    client = model.client()
-    arguments = Arguments(args, kwargs)
-    arguments.compute(client)
-    recipe = _recipe(model.path, estimator._entry, name, arguments, estimator)
-    recipe.gpu = model.gpu
-    recipe.changed = model.changed(recipe.params)
-    if arguments.futures:
-
-        async def start() -> Any:
-            return session.later(client, recipe, arguments, await model.future(client))
-
-        return session.run(client, start)
-
-    async def call() -> Any:
-        future = await model.future(client)
-        outcome = await session.call(client, recipe, arguments, future, model.worker)
-        return session.received(outcome, estimator._version)
-
-    return session.run(client, call)
-
-
-def _unfitted(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a method of a class that needs no fit."""
-    return function(estimator._entry["path"], estimator._entry, args, kwargs, estimator, name)
-
-
-def _fit(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    entry = estimator._entry
-    old: Model | None = estimator._model
-    goes_on = old is not None and (
-        name == "partial_fit" or bool(getattr(estimator, "warm_start", False))
-    )
-    client = old.client() if old is not None and goes_on else clients.any_client(estimator._home)
-    arguments = Arguments(args, kwargs)
-    arguments.compute(client)
-    recipe = _recipe(entry["path"], entry, name, arguments, estimator)
-    first = args[0] if args else next(iter(kwargs.values()), None)
-
-    async def fit() -> Any:
-        future = None
-        if old is not None and goes_on:
-            recipe.gpu, recipe.changed = old.gpu, old.changed(recipe.params)
-            future = await old.future(client)
-        else:
-            recipe.gpu = await session.has_gpu(client, recipe.path, bool(entry.get("counterpart")))
-        made, outcome, value = await session.fit(
-            client, recipe, arguments, future, old.worker if old is not None and goes_on else None
-        )
-        what = session.received(outcome, estimator._version)
-        estimator._model = Model(made, recipe.path, recipe.gpu, recipe.params, outcome)
-        if value is not None and lazy.is_collection(first):
-            return lazy.of_value(first, value, what)
-        if value is not None:
-            return value
-        return estimator if what is None else what
-
-    return session.run(client, fit)
-
-
-def _lazy(
-    estimator: Any, model: Model, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    client = model.client()
-    bare = Arguments(args[1:], kwargs) if args else Arguments((), _without_first(kwargs))
-    if bare.values:
-        raise TypeError(f"{name} of a dask collection takes no other array or Future")
-    collection = args[0] if args else next(iter(kwargs.values()))
-    sample = Arguments((lazy.sample(collection), *args[1:]), _without_first(kwargs, not args))
-    recipe = _recipe(model.path, estimator._entry, name, sample, estimator)
-    recipe.gpu = model.gpu
-    recipe.changed = model.changed(recipe.params)
-
-    async def build() -> Any:
-        future = await model.future(client)
-        outcome = await session.call(client, recipe, sample, future, model.worker)
-        what = session.received(outcome, estimator._version)
-        recipe.plain = lazy.block_plain(recipe.plain)
-        return lazy.by_block(collection, recipe, future, what)
-
-    return session.run(client, build)
-
-
-def _without_first(kwargs: dict[str, Any], drop: bool = True) -> dict[str, Any]:
-    return dict(list(kwargs.items())[1:]) if drop else kwargs
+    if estimator._model is None and requires_fit(estimator._entry):
+        raise not_fitted(type(estimator).__name__)
+    if name in lazy.ROWWISE and lazy.is_collection(first_of(args, kwargs)):
+        return _lazy(estimator, name, args, kwargs)
+    return _call(estimator._entry["path"], estimator._entry, args, kwargs, estimator, name)
 
 
 def function(
+    path: str, entry: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a function on a worker."""
+    return _call(path, entry, args, kwargs)
+
+
+def _call(
     path: str,
     entry: dict[str, Any],
     args: tuple[Any, ...],
@@ -149,22 +90,92 @@ def function(
     estimator: Any = None,
     name: str = "",
 ) -> Any:
-    """Call a function on a worker, or a method of a new instance of an estimator's class."""
-    client = clients.any_client(estimator._home if estimator is not None else None)
+    """Call a function, or a method of a model or of a new instance that needs no fit."""
+    model: Model | None = estimator._model if estimator is not None else None
     arguments = Arguments(args, kwargs)
+    # Where a model is decides where the call is made.
+    at = model or next(iter(arguments.models.values()), None)
+    client = _client(at, estimator)
     arguments.compute(client)
     recipe = _recipe(path, entry, name, arguments, estimator)
-    if not arguments.futures:
-        recipe.holds = held_here()
 
     async def call() -> Any:
-        recipe.gpu = await session.has_gpu(client, path, bool(entry.get("counterpart")))
-        if arguments.futures:
-            return session.later(client, recipe, arguments, None)
-        outcome = await session.call(client, recipe, arguments, None, None)
-        return session.received(outcome, "")
+        future = await _prepared(client, recipe, model, at)
+        worker = at.worker if at is not None else None
+        if recipe.stays:
+            return await session.later(client, recipe, arguments, future, worker)
+        outcome = await session.call(client, recipe, arguments, future, worker)
+        return session.received(outcome, estimator._version if estimator is not None else "")
 
     return session.run(client, call)
+
+
+def _client(at: Model | None, estimator: Any) -> Any:
+    if at is not None:
+        return at.client()
+    return clients.any_client(estimator._home if estimator is not None else None)
+
+
+async def _prepared(client: Any, recipe: Recipe, model: Model | None, at: Model | None) -> Any:
+    """Make a recipe one for a model, or where `at` is, or anywhere; return the model's Future."""
+    if model is not None:
+        recipe.go_on(model)
+        return await model.future(client)
+    if at is not None:
+        recipe.gpu = at.gpu
+    else:
+        recipe.gpu = await session.has_gpu(
+            client, recipe.path, bool(recipe.entry.get("counterpart"))
+        )
+    return None
+
+
+def _fit(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    entry = estimator._entry
+    old: Model | None = estimator._model if _goes_on(estimator, name) else None
+    client = _client(old, estimator)
+    arguments = Arguments(args, kwargs)
+    arguments.compute(client)
+    recipe = _recipe(entry["path"], entry, name, arguments, estimator)
+    params = recipe.params
+    recipe.stays = name != "fit" and bool(arguments.futures or arguments.collections)
+
+    async def fit() -> Any:
+        future = await _prepared(client, recipe, old, old)
+        worker = old.worker if old is not None else None
+        made, outcome, value = await session.fit(client, recipe, arguments, future, worker)
+        what = session.received(outcome, estimator._version)
+        estimator._model = Model(made, recipe.path, recipe.gpu, params, outcome)
+        if outcome.info["itself"]:
+            return estimator
+        if value is not None and lazy.is_collection(first_of(args, kwargs)):
+            return lazy.of_value(first_of(args, kwargs), value, what)
+        return what if value is None else value
+
+    return session.run(client, fit)
+
+
+def _lazy(estimator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    model: Model | None = estimator._model
+    client = _client(model, estimator)
+    collection = first_of(args, kwargs)
+    rest = list(kwargs.items())
+    others = Arguments(args[1:], dict(rest if args else rest[1:]))
+    if others.values:
+        raise TypeError(f"{name} of a dask collection takes no other array or Future")
+    plain_args, plain_kwargs = others.plain
+    sample = Arguments((lazy.sample(collection), *plain_args), plain_kwargs)
+    recipe = _recipe(estimator._entry["path"], estimator._entry, name, sample, estimator)
+
+    async def build() -> Any:
+        future = await _prepared(client, recipe, model, model)
+        worker = model.worker if model is not None else None
+        outcome = await session.call(client, recipe, sample, future, worker)
+        what = session.received(outcome, estimator._version)
+        recipe.plain = lazy.block_plain(recipe.plain)
+        return lazy.by_block(collection, recipe, future, what)
+
+    return session.run(client, build)
 
 
 def to_local(estimator: Any) -> Any:
@@ -179,8 +190,7 @@ def to_local(estimator: Any) -> Any:
         exported = session.submit(
             client, "export", model.gpu, "model", future, "cuml" in held_here()
         )
-        (data,) = await session.finished(client, [exported], [exported])
-        return pickle.loads(data)
+        return pickle.loads(await session.result_of(client, exported))
 
     return session.run(client, fetch)
 

@@ -13,10 +13,14 @@ from dask_shm_bridge.errors import BridgeError
 
 
 class Home(NamedTuple):
-    """A scheduler, as a pickled estimator knows it."""
+    """A scheduler, as a pickled estimator knows it.
+
+    Its address may have another name elsewhere, behind a tunnel, say; its `id` has not.
+    """
 
     address: str
     security: Any
+    id: str | None = None
 
 
 class Options(NamedTuple):
@@ -73,7 +77,21 @@ def remember(home: Home | None) -> None:
 
 def home_of(client: Any) -> Home:
     """Return the scheduler of a client."""
-    return Home(client.scheduler.address, client.security)
+    return Home(client.scheduler.address, client.security, _id_of(client))
+
+
+def _id_of(client: Any) -> str | None:
+    # What Dask's client was told when it connected: scheduler_info() would ask again, and wait.
+    found = getattr(client, "_scheduler_identity", {}).get("id")
+    return str(found) if found is not None else None
+
+
+def is_at(client: Any, home: Home) -> bool:
+    """Whether a client is one of a home's scheduler."""
+    here = _id_of(client)
+    if here is not None and home.id is not None:
+        return here == home.id
+    return bool(client.scheduler.address == home.address)
 
 
 def current() -> Any:
@@ -113,7 +131,7 @@ def find(home: Home | None = None) -> Any:
         If there is none.
     """
     client = current()
-    if client is not None and (home is None or client.scheduler.address == home.address):
+    if client is not None and (home is None or is_at(client, home)):
         return client
     if home is None:
         home = _last_home

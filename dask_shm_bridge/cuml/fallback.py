@@ -64,12 +64,13 @@ def translated(
     ValueError
         If a given parameter is one that only cuML has; it names all of them.
     """
-    there = {
-        p["name"]
-        for p in describe.parameters(getattr(cls, "__init__"), own=True)  # noqa: B009
-    }
-    defaults = entry.get("defaults") or {}
-    result = {name: catalogue.decode(v) for name, v in defaults.items() if name in there}
+    described = describe.parameters(getattr(cls, "__init__"), own=True)  # noqa: B009
+    there = {p["name"]: p.get("default") for p in described}
+    defaults = entry.get("defaults")
+    if defaults is None:
+        result = _untranslated(cls, params, there)
+    else:
+        result = {name: catalogue.decode(v) for name, v in defaults.items() if name in there}
     unknown = []
     for name in sorted(given):
         value = params[name]
@@ -84,3 +85,31 @@ def translated(
             "a worker with a GPU"
         )
     return result
+
+
+def _untranslated(cls: type, params: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
+    """Return those parameters that have cuML's value only if they are given.
+
+    A parameter that the user set to cuML's default looks as if it was not set.
+    """
+    return {
+        name: value
+        for name, value in params.items()
+        if name in there and describe.encode(value) != there[name] and _accepts(cls, name, value)
+    }
+
+
+def _accepts(cls: type, name: str, value: Any) -> bool:
+    """Whether scikit-learn's class takes a value that may be cuML's own, such as ``"knn"``."""
+    known = getattr(cls, "_parameter_constraints", {})
+    if name not in known:
+        return True
+    try:
+        from sklearn.utils._param_validation import validate_parameter_constraints
+    except ImportError:  # of another version
+        return True
+    try:
+        validate_parameter_constraints({name: known[name]}, {name: value}, cls.__name__)
+    except ValueError:
+        return False
+    return True

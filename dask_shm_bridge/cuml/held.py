@@ -52,8 +52,9 @@ class Held:
         BridgeError
             If the model that comes out of the pickle is not the one that went in.
         """
-        if self._data is not None:
-            return self._data
+        data = self._data  # read once: another thread may be unpickling it
+        if data is not None:
+            return data
         data = pickle.dumps(self.model, protocol=5)
         if not self._sound:
             lost = differences(self.model, pickle.loads(data))

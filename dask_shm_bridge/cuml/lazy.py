@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import dask
+
 from dask_shm_bridge.cuml import session
 from dask_shm_bridge.cuml.packing import Packed, Slot
 
@@ -25,8 +27,12 @@ ROWWISE = frozenset(
 def is_collection(value: Any) -> bool:
     """Whether a value is a dask array, DataFrame or Series."""
     from dask.base import is_dask_collection
+    from dask.delayed import Delayed
 
-    return is_dask_collection(value) and hasattr(value, "to_delayed") and hasattr(value, "ndim")
+    # A Delayed has every attribute that it is asked for.
+    if not is_dask_collection(value) or isinstance(value, Delayed):
+        return False
+    return hasattr(value, "to_delayed") and hasattr(value, "ndim")
 
 
 def is_frame(collection: Any) -> bool:
@@ -54,27 +60,44 @@ def block_plain(plain: tuple[list[Any], dict[str, Any]]) -> tuple[list[Any], dic
 
 
 def by_block(collection: Any, recipe: Any, model: Any, what: Any) -> Any:
-    """Return the lazy result of a method; a tuple of them where the method gives one."""
-    if isinstance(what, tuple):
-        return tuple(
-            _by_block(collection, recipe, model, item, index) for index, item in enumerate(what)
-        )
-    return _by_block(collection, recipe, model, what, None)
+    """Return the lazy result of a method; a tuple of them where the method gives one.
 
-
-def _by_block(collection: Any, recipe: Any, model: Any, what: Any, item: int | None) -> Any:
-    import dask
+    Parameters
+    ----------
+    collection : dask collection
+        The method's first argument.
+    recipe : Recipe
+        Of the method, with a `Slot` for the block.
+    model : distributed.Future or None
+        None for a class that needs no fit.
+    what : object
+        What the method gave for a few rows.
+    """
     from dask.delayed import delayed
 
-    packed, key = Packed(recipe), Packed(model.key)
-    function = session.task("call_block", recipe.gpu)
-    resources = {"resources": session.GPU_SHARE} if recipe.gpu else {}
     if not is_frame(collection) and collection.ndim == 2 and collection.numblocks[1] > 1:
         collection = collection.rechunk({1: -1})
-    blocks = _column(collection.to_delayed())
+    packed = Packed(recipe), Packed((model.key if model is not None else None, _no_rows(what)))
+    resources = {"resources": session.GPU_SHARE} if recipe.gpu else {}
+    items = range(len(what)) if isinstance(what, tuple) else ()
+    pieces = _column(collection.to_delayed())  # made of frames, which know no annotations
     with dask.annotate(**resources):
-        call = delayed(function, pure=False)
-        blocks = [call(packed, model, key, item, block) for block in blocks]
+        call = delayed(session.task("call_block", recipe.gpu), pure=False)
+        blocks = [call(*packed, model, block) for block in pieces]
+        parts = [[block[index] for block in blocks] for index in items]
+    if not isinstance(what, tuple):
+        return _gathered(collection, blocks, what)
+    return tuple(_gathered(collection, parts[index], what[index]) for index in items)
+
+
+def _no_rows(what: Any) -> Any:
+    """Return a result of the same kind for a block without rows, which cuML refuses."""
+    if isinstance(what, tuple):
+        return tuple(_no_rows(item) for item in what)
+    return what.iloc[:0] if hasattr(what, "iloc") else what[:0]
+
+
+def _gathered(collection: Any, blocks: list[Any], what: Any) -> Any:
     if hasattr(what, "iloc"):
         import dask.dataframe as dd
 
@@ -108,4 +131,6 @@ def of_value(collection: Any, value: Any, what: dict[str, Any]) -> Any:
     import dask.array as da
 
     found = da.from_delayed(whole, what["shape"], dtype=what["dtype"])
-    return found if is_frame(collection) else found.rechunk({0: collection.chunks[0]})
+    if is_frame(collection) or any(length != length for length in collection.chunks[0]):
+        return found  # the lengths of the blocks are not known
+    return found.rechunk({0: collection.chunks[0]})

@@ -147,7 +147,7 @@ def _on_event_loop() -> bool:
 def _is_connected(client: Any, home: clients.Home) -> bool:
     if client is None or client.scheduler is None or client.status != "running":
         return False
-    return bool(client.scheduler.address == home.address)
+    return clients.is_at(client, home)
 
 
 def _known(client: Any, key: Any) -> Any:
@@ -165,6 +165,10 @@ def _keep(future: Any) -> None:
     seconds = float(parse_timedelta(config.get("cuml.keep-pickled"), default="s"))
     if not seconds:
         return
+    # A client that was closed takes the timers of its loop with it.
+    for number, kept in list(_kept.items()):
+        if kept.client.status in ("closing", "closed"):
+            _drop(number)
     number = next(_numbers)
     _kept[number] = future
     loop = future.client.loop

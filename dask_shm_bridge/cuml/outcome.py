@@ -109,6 +109,10 @@ def like_input(value: Any, X: Any, model: Any, output_type: Any) -> Any:
 
 def portable_error(error: Exception, holds: frozenset[str]) -> Exception:
     """Return an error that the client can unpickle: a built-in one for a library it lacks."""
+    for name in ("__cause__", "__context__"):  # they are pickled with it
+        inner = getattr(error, name)
+        if isinstance(inner, Exception) and portable_error(inner, holds) is not inner:
+            setattr(error, name, None)
     kind = root(error)
     if kind not in LIBRARIES or kind in holds:
         return error

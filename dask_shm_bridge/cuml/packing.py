@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
@@ -58,6 +59,19 @@ class Slot:
         return assembled(list(values[self.index : self.index + count]), self.grid)
 
 
+class ModelSlot(Slot):
+    """Where a fitted model is found that is an argument itself."""
+
+    def read(self, values: tuple[Any, ...]) -> Any:
+        """Return the model."""
+        return values[self.index].model
+
+
+def first_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return a call's first argument, or None."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def assembled(blocks: list[Any], grid: tuple[int, ...]) -> Any:
     """Put the blocks of a dask collection together: an array, a DataFrame or a sparse matrix."""
     if len(blocks) == 1:
@@ -103,9 +117,15 @@ class Arguments:
     Attributes
     ----------
     values : list
-        The task's own arguments: Futures, and values that are yet to be scattered.
+        The task's own arguments: Futures, and what `session.ship` makes Futures of.
     large : list of int
-        Indices of these.
+        Indices of values that are yet to be scattered.
+    models : dict of int to Model
+        The handles of fitted estimators, by the index of their Futures.
+    futures : bool
+        Whether the caller gave a Future or a Delayed, and so is given a Future.
+    started : list
+        Futures of the blocks of collections, which no one else has.
     plain : tuple
         Arguments and keyword arguments with `Slot` where a value was taken out.
     """
@@ -113,6 +133,8 @@ class Arguments:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.values: list[Any] = []
         self.large: list[int] = []
+        self.models: dict[int, Any] = {}
+        self.started: list[Any] = []
         self.futures = False
         self.collections: list[tuple[int, Any]] = []
         self.plain = (
@@ -122,14 +144,21 @@ class Arguments:
 
     def _take(self, value: Any) -> Any:
         from dask.base import is_dask_collection
+        from dask.delayed import Delayed
         from dask.sizeof import sizeof
         from distributed import Future
 
+        from dask_shm_bridge.cuml.proxy import RemoteEstimator
+
         index = len(self.values)
-        if isinstance(value, Future):
+        if isinstance(value, (Future, Delayed)):
             self.futures = True
             self.values.append(value)
             return Slot(index)
+        if isinstance(value, RemoteEstimator) and value._model is not None:
+            self.models[index] = value._model
+            self.values.append(value._model)
+            return ModelSlot(index)
         if is_dask_collection(value):
             blocks, grid = blocks_of(value)
             self.collections.append((index, value))
@@ -151,15 +180,18 @@ class Arguments:
         indices = [i for i, value in enumerate(self.values) if isinstance(value, Delayed)]
         if indices:
             futures = client.compute([self.values[i] for i in indices])
+            self.started += futures
             for index, future in zip(indices, futures, strict=True):
                 self.values[index] = future
 
 
 def blocks_of(collection: Any) -> tuple[list[Any], tuple[int, ...] | None]:
     """Return the blocks of a dask collection as Delayed, row by row, and how many there are."""
-    if not hasattr(collection, "to_delayed"):  # a Delayed, or a Bag item: one value
-        return [collection], None
+    from dask.delayed import Delayed
+
     blocks = collection.to_delayed()
+    if isinstance(blocks, Delayed):  # a Bag's item: one value
+        return [blocks], None
     if hasattr(blocks, "ravel"):
         if blocks.ndim > 2:
             raise ValueError(f"a dask array of {blocks.ndim} dimensions is no argument for cuML")

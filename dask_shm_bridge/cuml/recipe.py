@@ -31,6 +31,8 @@ class Recipe:
         Arguments and keyword arguments, with `Slot` where a value comes with the task.
     holds : frozenset of str
         Libraries that the client has.
+    stays : bool
+        Whether the result stays on a worker, as what it is there.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Recipe:
         method: str,
         plain: tuple[list[Any], dict[str, Any]],
         holds: frozenset[str],
+        stays: bool,
     ) -> None:
         self.path = path
         self.entry = entry
@@ -54,6 +57,20 @@ class Recipe:
         self.method = method
         self.plain = plain
         self.holds = holds
+        self.stays = stays
+
+    def go_on(self, model: Any) -> None:
+        """Make it a call on a fitted model; of its parameters only what has changed travels.
+
+        Parameters
+        ----------
+        model : Model
+            The handle.
+        """
+        self.gpu = model.gpu
+        self.changed = model.changed(self.params)
+        self.params = {n: v for n, v in self.params.items() if n == "output_type"}
+        self.given = set()
 
     def target(self) -> Any:
         """Return the class or function."""

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from dask_shm_bridge import config, counters
 from dask_shm_bridge.cuml import clients, warned
 from dask_shm_bridge.cuml import worker as tasks
 from dask_shm_bridge.cuml.outcome import Outcome, held_here
-from dask_shm_bridge.cuml.packing import Arguments, Packed
+from dask_shm_bridge.cuml.packing import LARGE_BYTES, Arguments, Packed
 from dask_shm_bridge.errors import BridgeError
 
 # Says on which workers a task may run, never how many: a task may wait for another of its kind.
@@ -124,20 +124,30 @@ async def has_gpu(client: Any, path: str, counterpart: bool) -> bool:
     return False
 
 
-async def ship(client: Any, arguments: Arguments, worker: str | None, gpu: bool) -> list[Any]:
-    """Scatter the large arguments, and return all of the task's own.
+async def ship(
+    client: Any, recipe: Any, arguments: Arguments, worker: str | None, goes_on: bool = False
+) -> list[Any]:
+    """Scatter what is large, and return the packed recipe and all other arguments of the task.
 
     A task's definition lives as long as its result. If it held the data, a model would keep its
-    training data in the scheduler.
+    training data in the scheduler. A model that goes on from another would keep the definitions of
+    all before it too, each with its batch: there the recipe is scattered whatever its size. What
+    can't be computed again is forgotten, as scattered data can't.
     """
-    values = list(arguments.values)
-    large = [values[index] for index in arguments.large]
+    values = [Packed(recipe), *arguments.values]
+    for index, model in arguments.models.items():
+        values[index + 1] = await model.future(client)
+    large = [index + 1 for index in arguments.large]
+    if goes_on or len(values[0].data) >= LARGE_BYTES:
+        large.append(0)
     if large:
         workers = await identity(client, _running)
         # All to one worker: the call needs them in one place.
-        chosen = worker if worker in workers else random.choice(_suitable(workers, gpu))
-        sent = await client.scatter(large, workers=[chosen], hash=False, asynchronous=True)
-        for index, future in zip(arguments.large, sent, strict=True):
+        chosen = worker if worker in workers else random.choice(_suitable(workers, recipe.gpu))
+        sent = await client.scatter(
+            [values[index] for index in large], workers=[chosen], hash=False, asynchronous=True
+        )
+        for index, future in zip(large, sent, strict=True):
             values[index] = future
     return values
 
@@ -147,8 +157,9 @@ def _suitable(workers: dict[str, Any], gpu: bool) -> list[str]:
     return with_gpu if gpu and with_gpu else list(workers)
 
 
-async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[Any]:
-    """Wait for results; cancel all of a call's tasks if the wait is given up.
+@contextlib.asynccontextmanager
+async def owned(client: Any, arguments: Arguments | None = None) -> AsyncIterator[list[Any]]:
+    """Yield a list for a call's Futures; they are cancelled if the call is given up.
 
     Raises
     ------
@@ -157,16 +168,21 @@ async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[A
     """
     from distributed.client import FutureCancelledError, FuturesCancelledError
 
+    futures: list[Any] = []
+    # Never cancelled, for their keys may be those of Futures of the user's: dask names blocks.
+    started = arguments.started if arguments is not None else []
     try:
-        return list(await client.gather(wanted, asynchronous=True))
+        yield futures
     except asyncio.CancelledError:
+        for future in started:
+            future.release()
         with contextlib.suppress(Exception):
             await client.cancel(futures, asynchronous=True, force=True)
         raise
     except BaseException as error:
         # The client keeps the error of each living Future, the error its traceback, and that the
         # frames with these Futures and with the estimator: nothing of it would ever be freed.
-        for future in futures:
+        for future in (*futures, *started):
             future.release()
         if isinstance(error, (FutureCancelledError, FuturesCancelledError)):
             raise BridgeError(
@@ -174,6 +190,14 @@ async def finished(client: Any, futures: list[Any], wanted: list[Any]) -> list[A
                 f"fit the estimator again ({error})"
             ) from None
         raise
+
+
+async def result_of(client: Any, future: Any) -> Any:
+    """Wait for the result of a call's only task."""
+    async with owned(client) as futures:
+        futures.append(future)
+        (result,) = await client.gather([future], asynchronous=True)
+        return result
 
 
 def received(result: Outcome, version: str) -> Any:
@@ -198,23 +222,21 @@ async def fit(
 ) -> tuple[Any, Outcome, Any]:
     """Fit a model; return its Future, what came of it, and a Future of what the method gave.
 
-    The last is None unless an argument came as a Future or a dask collection.
+    The last is None unless the recipe says that the result stays.
     """
     label = recipe.path.rpartition(".")[2]
-    values = await ship(client, arguments, worker, recipe.gpu)
-    pair = submit(client, "fit", recipe.gpu, label, Packed(recipe), old, *values)
-    model = submit(client, "model_of", recipe.gpu, label, pair)
-    remote = (arguments.futures or arguments.collections) and recipe.method != "fit"
-    futures = [pair, model]
-    if remote:
-        value = submit(client, "value_of", recipe.gpu, label, pair)
-        summary = submit(client, "summary_of", recipe.gpu, label, pair)
-        futures += [value, summary]
-    else:
+    async with owned(client, arguments) as futures:
+        packed, *values = await ship(client, recipe, arguments, worker, goes_on=old is not None)
+        pair = submit(client, "fit", recipe.gpu, label, packed, old, *values)
+        model = submit(client, "model_of", recipe.gpu, label, pair)
+        told = "summary_of" if recipe.stays else "outcome_of"
+        summary = submit(client, told, recipe.gpu, label, pair, *([recipe.holds] * recipe.stays))
+        futures += [pair, model, summary]
         value = None
-        summary = submit(client, "outcome_of", recipe.gpu, label, pair)
-        futures.append(summary)
-    (result,) = await finished(client, futures, [summary])
+        if recipe.stays:
+            value = submit(client, "value_of", recipe.gpu, label, pair)
+            futures.append(value)
+        (result,) = await client.gather([summary], asynchronous=True)
     return model, result, value
 
 
@@ -223,25 +245,29 @@ async def call(
 ) -> Outcome:
     """Call a method or function, and return its outcome."""
     label = recipe.path.rpartition(".")[2]
-    values = await ship(client, arguments, worker, recipe.gpu)
-    future = submit(client, "call", recipe.gpu, label, Packed(recipe), model, *values)
-    (result,) = await finished(client, [future], [future])
+    async with owned(client, arguments) as futures:
+        packed, *values = await ship(client, recipe, arguments, worker)
+        future = submit(client, "call", recipe.gpu, label, packed, model, *values)
+        futures.append(future)
+        (result,) = await client.gather([future], asynchronous=True)
     return result  # type: ignore[no-any-return]
 
 
-def later(client: Any, recipe: Any, arguments: Arguments, model: Any) -> Any:
-    """Call a method of which an argument is a Future; return a Future of the value."""
+async def later(
+    client: Any, recipe: Any, arguments: Arguments, model: Any, worker: str | None
+) -> Any:
+    """Call a method or function whose result stays; return a Future of the value."""
     label = recipe.path.rpartition(".")[2]
-    values = list(arguments.values)
-    future = submit(client, "call", recipe.gpu, label, Packed(recipe), model, *values)
-    return submit(client, "value_of", recipe.gpu, label, future)
+    async with owned(client, arguments):
+        packed, *values = await ship(client, recipe, arguments, worker)
+        future = submit(client, "call", recipe.gpu, label, packed, model, *values)
+        return submit(client, "value_of", recipe.gpu, label, future)
 
 
 async def attribute(client: Any, model: Any, gpu: bool, name: str) -> Outcome:
     """Fetch a fitted attribute."""
     future = submit(client, "attribute", gpu, "model", model, name, held_here())
-    (result,) = await finished(client, [future], [future])
-    return result  # type: ignore[no-any-return]
+    return await result_of(client, future)  # type: ignore[no-any-return]
 
 
 async def describe(client: Any, path: str) -> dict[str, Any]:
@@ -250,5 +276,4 @@ async def describe(client: Any, path: str) -> dict[str, Any]:
         raise BridgeError("there is no worker that could describe it")  # a misspelt name won't wait
     await has_gpu(client, path, counterpart=False)
     future = submit(client, "describe_path", True, "cuml", path)
-    (result,) = await finished(client, [future], [future])
-    return result  # type: ignore[no-any-return]
+    return await result_of(client, future)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from typing import Any
 from dask_shm_bridge.cuml import describe, outcome, warned
 from dask_shm_bridge.cuml.held import Held, fitted_names
 from dask_shm_bridge.cuml.outcome import Outcome
-from dask_shm_bridge.cuml.packing import Packed
+from dask_shm_bridge.cuml.packing import ModelSlot, Packed
 from dask_shm_bridge.cuml.recipe import Recipe
 from dask_shm_bridge.errors import BridgeError
 
@@ -60,24 +60,34 @@ class _Call:
 
     def __init__(self, recipe: Recipe, values: tuple[Any, ...]) -> None:
         self.recipe = recipe
-        self.args, self.kwargs = recipe.arguments(values)
-        self.first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+        args, kwargs = recipe.arguments(values)
+        slots = [*recipe.plain[0], *recipe.plain[1].values()]
+        given = [*args, *kwargs.values()]
+        # As in cuML, the first argument that is data decides what comes out.
+        data = [i for i, slot in enumerate(slots) if not isinstance(slot, ModelSlot)]
+        self.first = given[data[0]] if data else None
         self.output: str | None = None
+        self.itself = False
         if recipe.gpu:
-            args = [_on_device(value) for value in self.args]
-            kwargs = {name: _on_device(value) for name, value in self.kwargs.items()}
-            moved = any(a is not b for a, b in zip(args, self.args, strict=True)) or any(
-                kwargs[name] is not value for name, value in self.kwargs.items()
-            )
-            self.args, self.kwargs = args, kwargs
-            if moved and recipe.params.get("output_type") in (None, "input"):
+            moved = [_on_device(value) for value in given]
+            args, kwargs = moved[: len(args)], dict(zip(kwargs, moved[len(args) :], strict=True))
+            if (
+                data
+                and moved[data[0]] is not self.first
+                and recipe.params.get("output_type") in (None, "input")
+            ):
                 self.output = "numpy"
+        self.args, self.kwargs = args, kwargs
+        models = (values[slot.index] for slot in slots if isinstance(slot, ModelSlot))
+        self.fitted = next((held.output for held in models), None)
 
     def __call__(self, function: Callable[..., Any], model: Any, output: str | None) -> Any:
         # Without an argument that tells, as in kneighbors(), the fit's input decides.
-        with _numpy_out((self.output or (output if self.first is None else None)) is not None):
+        fitted = (output or self.fitted) if self.first is None else None
+        with _numpy_out((self.output or fitted) is not None):
             value = function(*self.args, **self.kwargs)
-        if value is model:
+        if value is model and model is not None:
+            self.itself = True
             return None
         if not self.recipe.gpu:
             output_type = self.recipe.params.get("output_type")
@@ -124,21 +134,28 @@ def _info(model: Any, first: Any) -> dict[str, Any]:
     return {"names": sorted({*fitted_names(model), *small}), "values": small}
 
 
-@contextlib.contextmanager
-def _portable_errors(holds: frozenset[str]) -> Iterator[None]:
+def _portably(holds: frozenset[str], function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function; raise its error as one that the client can unpickle."""
     try:
-        yield
+        return function(*args)
     except Exception as error:
         other = outcome.portable_error(error, holds)
         if other is error:
             raise
-        raise other.with_traceback(error.__traceback__) from None
+        traceback = error.__traceback__
+    # Not in the handler: it would come with the other as its context, and be pickled too.
+    raise other.with_traceback(traceback)
 
 
 def fit(packed: Packed, held: Held | None, *values: Any) -> tuple[Held, Outcome]:
     """Make a new model: from a recipe, or from a copy of another that goes on from there."""
     recipe: Recipe = packed.open()
-    with _portable_errors(recipe.holds), warned.recorded() as record:
+    made: tuple[Held, Outcome] = _portably(recipe.holds, _fit, recipe, held, values)
+    return made
+
+
+def _fit(recipe: Recipe, held: Held | None, values: tuple[Any, ...]) -> tuple[Held, Outcome]:
+    with warned.recorded() as record:
         model: Any
         if held is None:
             model = recipe.new()
@@ -149,7 +166,7 @@ def fit(packed: Packed, held: Held | None, *values: Any) -> tuple[Held, Outcome]
         value = call(getattr(model, recipe.method), model, None)
         new = Held(model, recipe.gpu, call.output or (held.output if held else None))
         with _numpy_out(new.output is not None):
-            info = _info(model, call.first)
+            info = {**_info(model, call.first), "itself": call.itself}
     return new, _outcome(recipe, value, record, info)
 
 
@@ -163,15 +180,16 @@ def outcome_of(pair: tuple[Held, Outcome]) -> Outcome:
     return pair[1]
 
 
-def summary_of(pair: tuple[Held, Outcome]) -> Outcome:
+def summary_of(pair: tuple[Held, Outcome], holds: frozenset[str]) -> Outcome:
     """Return what a fit gave without the value, of which only type and shape are told."""
     result = pair[1]
     value = result.value
+    meta = value.iloc[:0] if hasattr(value, "iloc") else None
+    meta = outcome.portable(meta, holds, set())
     what = {
-        "kind": outcome.root(value),
         "shape": getattr(value, "shape", None),
-        "dtype": getattr(value, "dtype", None),
-        "meta": value.iloc[:0] if hasattr(value, "iloc") else None,
+        "dtype": getattr(value if meta is None else meta, "dtype", None),
+        "meta": meta,
     }
     return Outcome(
         what, result.warned, result.converted, result.worker, result.version, result.info
@@ -189,7 +207,12 @@ def value_of(result: Outcome | tuple[Held, Outcome]) -> Any:
 def call(packed: Packed, held: Held | None, *values: Any) -> Outcome:
     """Call a method of a model, or of a new instance where there is none, or a function."""
     recipe: Recipe = packed.open()
-    with _portable_errors(recipe.holds), warned.recorded() as record:
+    result: Outcome = _portably(recipe.holds, _call, recipe, held, values)
+    return result
+
+
+def _call(recipe: Recipe, held: Held | None, values: tuple[Any, ...]) -> Outcome:
+    with warned.recorded() as record:
         if not recipe.method:
             value = _Call(recipe, values)(recipe.target(), None, None)
         else:
@@ -208,7 +231,8 @@ def _outcome(
     recipe: Recipe, value: Any, record: list[Warning], info: dict[str, Any] | None
 ) -> Outcome:
     converted: set[str] = set()
-    value = outcome.portable(value, recipe.holds, converted)
+    if not recipe.stays:
+        value = outcome.portable(value, recipe.holds, converted)
     if info is not None:
         info["values"] = {
             name: outcome.portable(v, recipe.holds, converted) for name, v in info["values"].items()
@@ -218,16 +242,20 @@ def _outcome(
     return Outcome(value, said, tuple(sorted(converted)), _address(), version, info)
 
 
-def call_block(packed: Packed, held: Held, key: Packed, item: int | None, block: Any) -> Any:
-    """Call a method on one block of a dask collection; the `item`-th of a tuple of results.
+def call_block(packed: Packed, about: Packed, held: Held | None, block: Any) -> Any:
+    """Call a method on one block of a dask collection.
+
+    `about` is the key of the model, and what a block without rows gives.
 
     Dask drops annotations when it optimizes arrays and DataFrames. So, without the scheduler's
     placement, this may run where there is no GPU, and then has it done by a worker with one.
     """
-    if held.gpu and not _has_gpu():
-        return _elsewhere(packed, key, item, block)
-    value = value_of(call(packed, held, block))
-    return value if item is None else value[item]
+    key, no_rows = about.open()
+    if not block.shape[0]:
+        return no_rows
+    if packed.open().gpu and not _has_gpu():
+        return _elsewhere(packed, about, key, block)
+    return value_of(call(packed, held, block))
 
 
 def _has_gpu() -> bool:
@@ -236,22 +264,27 @@ def _has_gpu() -> bool:
     return bool(get_worker().state.total_resources.get("GPU", 0) > 0)
 
 
-def _elsewhere(packed: Packed, key: Packed, item: int | None, block: Any) -> Any:
+def _elsewhere(packed: Packed, about: Packed, key: str | None, block: Any) -> Any:
     from distributed import Future, get_worker
 
     from dask_shm_bridge.cuml import clients, session
 
     client = get_worker()._get_client()
     with clients.seceded():
-        model: Any = Future(key.open(), client)
+        model: Any = Future(key, client) if key is not None else None
         data = client.scatter(block, hash=False)
-        future = session.submit(client, "call_block", True, "block", packed, model, key, item, data)
+        future = session.submit(client, "call_block", True, "block", packed, about, model, data)
         return future.result()
 
 
 def attribute(held: Held, name: str, holds: frozenset[str]) -> Outcome:
     """Return a fitted attribute."""
-    with _portable_errors(holds), warned.recorded() as record:
+    result: Outcome = _portably(holds, _attribute, held, name, holds)
+    return result
+
+
+def _attribute(held: Held, name: str, holds: frozenset[str]) -> Outcome:
+    with warned.recorded() as record:
         with _numpy_out(held.output is not None):
             value = getattr(held.model, name)
         converted: set[str] = set()

@@ -191,6 +191,55 @@ def test_dbscan(gpu_client: Client, data: Any) -> None:
     np.testing.assert_array_equal(as_numpy(model.to_local().labels_), labels)
 
 
+def hdbscan_in_a_task(params: dict[str, Any], X: np.ndarray, points: np.ndarray) -> Any:
+    """Predict with cuML's HDBSCAN as a user would in a task."""
+    cuml = importlib.import_module("cuml")
+    functions = importlib.import_module("cuml.cluster.hdbscan")
+    with cuml.using_output_type("numpy"):
+        model = cuml.HDBSCAN(**params, prediction_data=True).fit(X)
+        labels, strengths = functions.approximate_predict(model, points)
+        everyone = functions.all_points_membership_vectors(model)
+        return [np.asarray(value) for value in (labels, strengths, everyone)]
+
+
+@pytest.mark.parametrize("afterwards", [False, True], ids=["in the fit", "after the fit"])
+def test_functions_of_a_fitted_model(gpu_client: Client, data: Any, afterwards: bool) -> None:
+    """`generate_prediction_data` changes a model: what it makes is a new one."""
+    from dask_shm_bridge.cuml.cluster import hdbscan
+
+    X, points = data[0][:5000], data[0][5000:7000]
+    params = {"min_cluster_size": 50}
+    where = {"resources": {"GPU": 2**-20}, "pure": False}
+    expected = gpu_client.submit(hdbscan_in_a_task, params, X, points, **where).result()
+    model = remote("cluster.HDBSCAN", prediction_data=not afterwards, **params).fit(X)
+    if afterwards:
+        key = model._model.key
+        model.generate_prediction_data()
+        assert model._model.key != key
+    labels, strengths = hdbscan.approximate_predict(model, points)
+    everyone = hdbscan.all_points_membership_vectors(model)
+    for found, wanted in zip((labels, strengths, everyone), expected, strict=True):
+        assert isinstance(found, np.ndarray)
+        assert found.shape == wanted.shape
+    assert np.mean(labels == expected[0]) > 0.99
+    np.testing.assert_allclose(strengths, expected[1], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(everyone, expected[2], rtol=1e-2, atol=1e-2)
+    vectors = hdbscan.membership_vector(model, points)
+    assert isinstance(vectors, np.ndarray)
+    assert len(vectors) == len(points)
+
+
+def test_the_first_argument_decides_what_comes_out(gpu_client: Client, data: Any) -> None:
+    """A large y is moved to the device; X of pandas stays what decides."""
+    import pandas as pd
+
+    X, y, _ = data
+    frame = pd.DataFrame(X, columns=[f"f{i}" for i in range(FEATURES)])
+    model = remote("linear_model.LogisticRegression").fit(frame, y)
+    assert isinstance(model.predict(frame), pd.Series)
+    assert isinstance(model.predict(X[:10]), np.ndarray)
+
+
 def test_ridge(gpu_client: Client, data: Any) -> None:
     import sklearn.linear_model
 

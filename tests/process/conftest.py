@@ -100,6 +100,23 @@ def fake_catalogue(fake_path: str, tmp_path_factory: pytest.TempPathFactory) -> 
     yield path
 
 
+@pytest.fixture(scope="module")
+def two_kinds(
+    pool_config: dict[str, Any], fake_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    """Start a scheduler, a worker that is said to have a GPU, and one without."""
+    config = {
+        **pool_config,
+        "shm-bridge.cuml.catalogue": str(fake_catalogue),
+        "shm-bridge.cuml.keep-pickled": "5s",
+    }
+    folder = tmp_path_factory.mktemp("dask")
+    with Deployment(folder, config, workers=0) as deployment:
+        deployment.add_worker("gpu", ("--resources", "GPU=1"))
+        deployment.add_worker("cpu")
+        yield deployment
+
+
 @pytest.fixture
 def catalogue(fake_catalogue: Path) -> Iterator[Path]:
     """Use that description in this test."""

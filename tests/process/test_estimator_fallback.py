@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from distributed import Client, LocalCluster
 from distributed.core import Status
+from estimator_checks import CHECKED, differences, failures
 
 from dask_shm_bridge import counters, remote
 from dask_shm_bridge.cuml import options
@@ -107,6 +108,22 @@ def test_parameters_that_only_cuml_has(client: Client, data: Any) -> None:
         RandomForestClassifier(output_type="cupy").fit(X, y)
 
 
+def test_defaults_of_classes_that_translate_nothing(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.cluster import AgglomerativeClustering
+    from dask_shm_bridge.cuml.linear_model import Lars
+    from dask_shm_bridge.cuml.preprocessing import QuantileTransformer
+
+    X, y = data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of 400 rows for 1000 quantiles
+        for transformer in (QuantileTransformer(), QuantileTransformer(subsample=100_000)):
+            assert transformer.fit(X).to_local().subsample == 100_000  # scikit-learn's: 10000
+    clusters = AgglomerativeClustering().fit(X).to_local()
+    assert clusters.linkage == "single"
+    assert clusters.connectivity is None  # not cuML's "knn", which scikit-learn does not know
+    assert Lars().fit(X, y).to_local().eps > 0
+
+
 def test_a_counterpart_that_is_not_there(client: Client, data: Any) -> None:
     from dask_shm_bridge.cuml.manifold import UMAP
 
@@ -141,6 +158,10 @@ def test_no_fallback_if_so_configured(client: Client, data: Any) -> None:
         KMeans().fit(data[0])
 
 
+def fallbacks() -> int:
+    return int(counters.snapshot()["fallbacks"].get("no-cuml", 0))
+
+
 def test_remote_functions(client: Client, data: Any) -> None:
     from dask_shm_bridge.cuml.metrics import accuracy_score
 
@@ -148,7 +169,12 @@ def test_remote_functions(client: Client, data: Any) -> None:
     assert accuracy_score(y, y, normalize=True) == 1.0
     named = remote("cuml.metrics.accuracy_score")
     assert named.__shm_bridge_gpu__
+    before = client.run(fallbacks)
     assert client.submit(named, y, y).result() == 1.0
+    after = client.run(fallbacks)
+    assert [after[worker] - before[worker] for worker in after] == [1]
+    with pytest.raises(ImportError, match="cuml"):  # its defaults would be others
+        remote("cuml.cluster.KMeans")(3)
     assert pickle.loads(pickle.dumps(accuracy_score))(y, 3 - y) < 1.0
     with pytest.raises(BridgeError, match="no counterpart"):
         remote("cuml.metrics.no_such_score")(y, y)
@@ -221,6 +247,29 @@ def test_no_data_goes_to_a_paused_worker(local_cluster: Any) -> None:
     assert model.transform(X).shape == (20_000, 2)
 
 
+def test_a_scheduler_that_has_another_address_elsewhere(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.linear_model import Ridge
+
+    model = Ridge().fit(*data)
+    model._model.home = model._model.home._replace(address="tcp://127.0.0.1:1")
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict(data[0]), model.predict(data[0]))
+
+
+def test_pickles_keep_nothing_for_a_client_that_was_closed(
+    deployment: Any, client: Client, data: Any
+) -> None:
+    from dask_shm_bridge.cuml.linear_model import Ridge
+
+    from dask_shm_bridge.cuml import model
+
+    with deployment.client() as other, options(client=other):
+        pickle.dumps(Ridge().fit(*data))
+    with dask.config.set({"shm-bridge.cuml.keep-pickled": "1s"}):
+        pickle.dumps(Ridge().fit(*data))
+    assert [future for future in model._kept.values() if future.client is other] == []
+
+
 def test_an_error_that_is_a_timeout_of_its_own() -> None:
     from dask_shm_bridge.cuml import session
 
@@ -241,36 +290,8 @@ def test_an_error_that_is_a_timeout_of_its_own() -> None:
 
 # ------------------------------------------------------------------------ check_estimator
 
-# (name, parameters of both): cuML's class by its scikit-learn counterpart.
-CHECKED = [
-    ("cluster.KMeans", {"n_init": 1, "max_iter": 20}),
-    ("cluster.DBSCAN", {}),
-    ("decomposition.PCA", {}),
-    ("linear_model.LogisticRegression", {"max_iter": 50}),
-    ("linear_model.Ridge", {}),
-    ("ensemble.RandomForestClassifier", {"n_estimators": 3}),
-    ("neighbors.NearestNeighbors", {}),
-]
-
 # Checks that the proxy fails and the local class passes, each with its reason.
 EXCEPTIONS: dict[str, dict[str, str]] = {}
-
-
-def outcomes(estimator: Any) -> dict[str, str]:
-    from sklearn.exceptions import SkipTestWarning
-    from sklearn.utils.estimator_checks import check_estimator
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SkipTestWarning)
-        results = check_estimator(estimator, on_fail=None, on_skip=None)
-    found: dict[str, str] = {}
-    for result in results:
-        name, status = result["check_name"], result["status"]
-        if found.get(name) != "failed":
-            found[name] = status if status == "passed" else f"{status}"
-            if status == "failed":
-                print(name, repr(result["exception"])[:400])
-    return found
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -281,9 +302,6 @@ def test_check_estimator(
     # The catalogue of the fake has scikit-learn's parameters and tags, so both run the same checks.
     from dask_shm_bridge.cuml import describe, proxy
 
-    local = describe.locate(f"sklearn.{name}")
-    ours = outcomes(proxy.class_of(f"cuml.{name}")(**params))
-    theirs = outcomes(local(**params))
-    failed = {check for check, status in ours.items() if status == "failed"}
-    failed_there = {check for check, status in theirs.items() if status == "failed"}
-    assert failed - failed_there == set(EXCEPTIONS.get(name, {}))
+    ours = failures(lambda: proxy.class_of(f"cuml.{name}")(**params))
+    theirs = failures(lambda: describe.locate(f"sklearn.{name}")(**params))
+    assert differences(ours, theirs, EXCEPTIONS.get(name, {})) == []

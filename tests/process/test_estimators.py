@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,8 @@ from .deployment import Deployment, MiB, environment, measured, run
 
 
 @pytest.fixture(scope="module")
-def deployment(
-    pool_config: dict[str, Any], fake_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Deployment]:
-    """Start a scheduler, a worker that is said to have a GPU, and one without."""
-    config = {
-        **pool_config,
-        "shm-bridge.cuml.catalogue": str(fake_catalogue),
-        "shm-bridge.cuml.keep-pickled": "5s",
-    }
-    folder = tmp_path_factory.mktemp("dask")
-    with Deployment(folder, config, workers=0) as deployment:
-        deployment.add_worker("gpu", ("--resources", "GPU=1"))
-        deployment.add_worker("cpu")
-        yield deployment
+def deployment(two_kinds: Deployment) -> Deployment:
+    return two_kinds
 
 
 @pytest.fixture(autouse=True)

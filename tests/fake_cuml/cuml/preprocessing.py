@@ -2,6 +2,7 @@ import sklearn.preprocessing
 
 from cuml.internals import wrapped
 
-__all__ = ["StandardScaler"]
+__all__ = ["Normalizer", "StandardScaler"]
 
+Normalizer = wrapped(sklearn.preprocessing.Normalizer, __name__)
 StandardScaler = wrapped(sklearn.preprocessing.StandardScaler, __name__)
