@@ -32,7 +32,7 @@ ENTRIES = {
     "pool-files": "store.pool_files",
 }
 _HANG_S = 60
-_STEP = 1000
+_STEP = 20_000
 
 
 def entry(name: str) -> Any:
@@ -72,8 +72,8 @@ def run(name: str, case: Callable[[Random], str], first: int, cases: int) -> Non
         except BaseException:
             click.echo(f"{name}: case {number}", err=True)
             raise
-        if (number - first + 1) % _STEP == 0 and sys.stderr.isatty():
-            click.echo(f"\r{name} {number - first + 1}", err=True, nl=False)
+        if (number - first + 1) % _STEP == 0:
+            click.echo(f"{name}: {number - first + 1} cases", err=True)
     faulthandler.cancel_dump_traceback_later()
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
