@@ -32,7 +32,7 @@ ENTRIES = {
     "pool-files": "store.pool_files",
 }
 _HANG_S = 60
-_STEP = 20_000
+_STEP = 1000
 
 
 def entry(name: str) -> Any:

@@ -69,14 +69,19 @@ class _Comm(shm.ShmTCP):
     def __init__(self, shared: pool.Pool, data: bytes = b"") -> None:
         super().__init__(_Stream(data), "shm://here:1", "shm://there:2")
         self._shared = shared
-        connection = shared.connect()
-        assert connection is not None
-        self._receive_by(shared, connection)
+        self._receive_by(shared, _connect(shared))
 
     @property
     def connection(self) -> int:
         assert self._connection is not None
         return self._connection
+
+
+def _connect(shared: pool.Pool) -> int:
+    """Make a connection, however long that takes on a busy machine."""
+    while (connection := shared.connect()) is None:
+        pass
+    return connection
 
 
 @contextlib.contextmanager
@@ -292,8 +297,7 @@ def handshake() -> Iterator[Case]:
     def case(rng: Random) -> str:
         nonlocal done
         comm = _Comm(shared)
-        reader = shared.connect()
-        assert reader is not None
+        reader = _connect(shared)
         try:
             outcome = shake(rng, comm, reader)
         finally:
