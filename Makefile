@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 # For 1,000 kills two processors take about a quarter of an hour; CHAOS_JOBS more at once need more.
 CHAOS_JOBS ?= 2
 CHAOS_SEED ?= 1
@@ -67,6 +68,10 @@ lint: .venv-lint/stamp ## ruff and mypy
 .PHONY: bench
 bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)
 	@.venv-bench/bin/python -m dask_shm_bridge.benchmarks $(BENCH_ARGS)
+
+.PHONY: fuzz
+fuzz: .venv-test/stamp ## bad input for all that comes from outside (FUZZ_ARGS='--cases 200000')
+	@.venv-test/bin/python -m tests.fuzz $(FUZZ_ARGS)
 
 .PHONY: catalogue
 catalogue: ## describe cuML anew; with the Python of a GPU machine that has cuML and this package's needs

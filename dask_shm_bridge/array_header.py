@@ -7,20 +7,18 @@ nothing. So the figures are added up here.
 
 from __future__ import annotations
 
-import io
-import pickle
+import ast
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from dask_shm_bridge.errors import HeaderError
 
 MAX_DIMENSIONS = 32  # NumPy 1.26 allows no more
 _MOST = 2**63 - 1
-_MOST_TEXT = 1000
-# What pickles of structured types refer to; such a type has no other form that keeps all of it.
-_IN_PICKLES = {("numpy", "dtype"), ("numpy", "record"), ("numpy", "void")}
+_MOST_TEXT = 10_000  # as NumPy has it for .npy files
 
 
 def counts(value: Any, what: str, least: int = 0) -> tuple[int, ...]:
@@ -39,17 +37,17 @@ def counts(value: Any, what: str, least: int = 0) -> tuple[int, ...]:
 
 
 def plain_dtype(text: Any) -> np.dtype[Any]:
-    """Return the type that a header names by text or by a list of fields; never one of objects.
+    """Return the type that a header names; never one of objects, nor one of several fields.
 
     Raises
     ------
     HeaderError
         If it names none, or one that is not made of plain bytes.
     """
-    if not isinstance(text, (str, list, tuple)) or len(text) > _MOST_TEXT:
+    if not isinstance(text, str) or len(text) > _MOST_TEXT:
         raise HeaderError("an array's header names no type")
     try:
-        dtype = np.dtype(text if isinstance(text, str) else _fields(text))
+        dtype = np.dtype(text)
     except Exception as error:
         raise HeaderError(f"an array's header names no type ({error!s:.200})") from None
     return _checked(dtype)
@@ -66,32 +64,31 @@ def _checked(dtype: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _fields(value: Any) -> Any:
-    """Return a list of fields as NumPy takes it: messages have lists where there were tuples."""
-    return [tuple(field) if isinstance(field, list) else field for field in value]
+def described(dtype: np.dtype[Any]) -> str | None:
+    """Return a type of several fields as text; None where that would not be all of it."""
+    if dtype.metadata or dtype.type is not np.void or dtype.isalignedstruct or dtype.subdtype:
+        return None
+    text = repr(npy.dtype_to_descr(dtype))
+    try:
+        return text if fields_dtype(text) == dtype else None
+    except HeaderError:
+        return None
 
 
-class _DtypeUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _IN_PICKLES:
-            raise HeaderError(f"an array's type refers to {module}.{name}: that is not looked up")
-        return super().find_class(module, name)
-
-
-def pickled_dtype(data: Any) -> np.dtype[Any]:
-    """Return a type that a header has as a pickle, which may refer to nothing but types.
+def fields_dtype(text: Any) -> np.dtype[Any]:
+    """Return the type that `described` made text of. Not by a pickle: a damaged one ends Python.
 
     Raises
     ------
     HeaderError
-        If it is anything else.
+        If it is no such text.
     """
+    if not isinstance(text, str) or len(text) > _MOST_TEXT:
+        raise HeaderError("an array's header names no type")
     try:
-        dtype = _DtypeUnpickler(io.BytesIO(data)).load()
-    except HeaderError:
-        raise
+        dtype = npy.descr_to_dtype(ast.literal_eval(text))
     except Exception as error:
-        raise HeaderError(f"an array's type can't be read ({error!s:.200})") from None
+        raise HeaderError(f"an array's header names no type ({error!s:.200})") from None
     return _checked(dtype)
 
 

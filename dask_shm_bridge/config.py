@@ -72,7 +72,7 @@ def _seconds(key: str) -> float:
     value = get(key)
     try:
         seconds = float(parse_timedelta(value, default="s"))
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError):
         seconds = -1.0
     # Also not "nan": a deadline that is no number never comes.
     if isinstance(value, bool) or not 0 <= seconds <= _MOST_SECONDS:

@@ -18,7 +18,7 @@ from distributed.protocol.serialize import (
     register_serialization_family,
 )
 
-from dask_shm_bridge.array_header import array_over, counts, pickled_dtype, plain_dtype
+from dask_shm_bridge.array_header import array_over, counts, described, fields_dtype, plain_dtype
 from dask_shm_bridge.errors import HeaderError
 
 NAME = "mmap-slot"
@@ -96,7 +96,12 @@ def dumps(x: Any, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
     recipient = (context or {}).get("recipient")
     if recipient and CONTEXT not in recipient:
         raise TypeError(_UNKNOWN.format(peer=recipient.get("address", "the other end")))
+    fields = described(x.dtype) if x.dtype.kind == "V" else None
+    if x.dtype.kind == "V" and fields is None:
+        raise NotImplementedError(x.dtype)
     header, frames = serialize_ndarray(x, context=context)
+    if fields is not None:
+        header = {**header, "fields": fields}  # besides Dask's own pickle, for a relay's sake
     return {"array": header}, frames
 
 
@@ -120,7 +125,7 @@ def loads(header: dict[str, Any], frames: list[Any]) -> Any:
         raise HeaderError(f"a header of {NAME} has no type") from None
     shape = counts(array.get("broadcast_to") or array.get("shape"), "shape")
     strides = counts(array.get("strides"), "strides", least=-(2**63))
-    kind = pickled_dtype(dtype) if custom else plain_dtype(dtype)
+    kind = fields_dtype(array.get("fields")) if custom else plain_dtype(dtype)
     x = array_over(frames[0], shape, strides, kind)
     if not writeable:
         x.flags.writeable = False

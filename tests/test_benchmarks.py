@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import MEMORY
 
-from dask_shm_bridge.benchmarks import critical, report
+from dask_shm_bridge import mapping
+from dask_shm_bridge.benchmarks import contention, critical, report
 from dask_shm_bridge.benchmarks.alternation import Alternation, Measurement
 from dask_shm_bridge.benchmarks.cases import CASES, CaseMethod, MemcpyWay, MismatchError, Way
 from dask_shm_bridge.benchmarks.command import main
@@ -234,3 +237,44 @@ def run_module(module: str, arguments: list[str]) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", module, *arguments]
     place = Path(__file__).parent.parent
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=place)
+
+
+# ------------------------------------------------------------------------------ contention
+
+
+@pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
+def test_processes_contend_for_a_ledger_and_lose_nothing():
+    folder = MEMORY / f"shm-bridge-contention-test-{os.getpid()}"
+    reports = []
+    plan = contention.Plan(str(folder), 3, 1500, 0, 10.0)
+    figures = contention.measure(plan, 0.05, lambda *args: reports.append(args))
+    assert not folder.exists()
+    assert figures["operations"] >= 4500
+    assert figures["audits"] == len(reports) + 1 > 1
+    assert figures["most_extents"] > 3
+    for name in ("allocate", "ship", "adopt", "give back"):
+        assert figures["outcomes"][name] > 50
+    assert 0 < figures["p50_us"] <= figures["p99_us"] <= figures["longest_us"]
+
+
+@pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
+def test_a_fault_in_the_ledger_is_found(monkeypatch):
+    folder = MEMORY / f"shm-bridge-contention-test-{os.getpid()}"
+    monkeypatch.setattr(contention.audit, "faults", lambda tables, layout: ["an overlap"])
+    with pytest.raises(AssertionError, match="an overlap"):
+        contention.measure(contention.Plan(str(folder), 1, 10**6, 0, 10.0), 0.05)
+    assert not folder.exists()
+
+
+def test_the_command_of_contention(tmp_path):
+    path = tmp_path / "figures.json"
+    line = ["--operations", "300", "--processes", "2", "--json", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dask_shm_bridge.benchmarks.contention", *line],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lent out whole" in done.stdout
+    assert json.loads(path.read_text())["processes"] == 2

@@ -146,6 +146,8 @@ def test_large_copies_by_several_threads(threads: int, order: str) -> None:
         {"dtype": (0, "O")},
         {"dtype": (0, "(2,)u1")},
         {"dtype": (1, b"cos\nsystem\n.")},
+        {"dtype": (1, b""), "fields": "[('a', 'O')]"},
+        {"dtype": (1, b""), "fields": "[" * 5000},
         {"pickle": True},
         {"dtype": None},
     ],
@@ -163,6 +165,25 @@ def test_structured_arrays_come_as_they_were() -> None:
     y = family.loads(header, [bytearray(memoryview(frames[0]).cast("B"))])
     assert y.dtype == x.dtype
     assert (y == x).all()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.dtype((np.record, [("a", "<i4")])),
+        np.dtype([("a", "u1"), ("b", "<f8")], align=True),
+        np.dtype([("a", "<i4")], metadata={"unit": "m"}),
+    ],
+)
+def test_types_with_more_to_them_go_to_the_next_family(dtype: np.dtype) -> None:
+    header, _ = serialize(np.zeros(3, dtype), serializers=[family.NAME, "dask"])
+    assert header["serializer"] == "dask"
+
+
+def test_nothing_is_unpickled_for_a_structured_array() -> None:
+    header, frames = family.dumps(np.zeros(3, [("a", "<i4"), ("b", "S3")]))
+    array = {**header["array"], "dtype": (1, b"not looked at")}
+    assert family.loads({"array": array}, [bytearray(memoryview(frames[0]).cast("B"))]).size == 3
 
 
 def test_a_relay_passes_on_what_it_can_not_translate() -> None:

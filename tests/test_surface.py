@@ -85,6 +85,7 @@ def test_defaults_fit_the_schema() -> None:
         ("ledger-timeout", "nan s"),
         ("ledger-timeout", float("inf")),
         ("ledger-timeout", "-1s"),
+        ("ledger-timeout", ""),
         ("threshold", [1]),
         ("threshold", float("inf")),
         ("copy-threads", 10**9),
