@@ -24,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 
-from dask_shm_bridge import audit
+from dask_shm_bridge.audit import audit
 from dask_shm_bridge.benchmarks import machine
 from dask_shm_bridge.benchmarks.contender import OUTCOMES, Plan, work
 from dask_shm_bridge.errors import LedgerBusyError
@@ -126,7 +126,7 @@ def _audited(ledger: Ledger, plan: Plan) -> int:
     while True:
         try:
             with ledger.record.reading() as tables:
-                found = audit.faults(tables, plan.layout)
+                found = audit(tables, plan.layout)
                 assert not found, found
                 return len(tables.extents)
         except LedgerBusyError:

@@ -129,6 +129,8 @@ def memory_file(name: str) -> int:
     Whoever inherits the descriptor may open it by /proc/self/fd (memfd_create(2)).
     """
     return os.memfd_create(name, os.MFD_CLOEXEC)
+
+
 _IRREGULAR = (
     "{} in the pool's folder is no regular file (a link, a folder, a pipe ...): remove it, or set "
     "shm-bridge.pool.path"
