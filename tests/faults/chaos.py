@@ -38,6 +38,7 @@ CLIENTS = 2
 ROLES = ("worker", "nanny", "client", "scheduler")
 STOPPED_S = (0.5, 8.0)
 PATIENCE_S = 30.0
+START_S = 120.0
 PRELOAD = str(Path(__file__).with_name("preload"))
 WORDS = 12000  # of a log that is kept
 # What Dask raises where a worker, a client or a connection is lost; also as causes.
@@ -194,7 +195,7 @@ class Chaos:
         )
         for _ in range(CLIENTS):
             self._add_client()
-        self._until(lambda: all(c.has("way") for c in self.clients), PATIENCE_S, "traffic")
+        self._until(lambda: all(c.has("way") for c in self.clients), START_S, "traffic")
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             self._disturb()

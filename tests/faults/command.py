@@ -153,8 +153,23 @@ def cluster(
 
 
 @faults.command("report")
-@click.argument("paths", nargs=-1, type=click.Path(exists=True, dir_okay=False))
-def read(paths: tuple[str, ...]) -> None:
-    """Write the tables of runs that were kept with --json."""
-    for path in paths:
-        click.echo(report.tables(json.loads(Path(path).read_text())) + "\n")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--into",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A Markdown file that gets the tables between its marks <!-- direct --> and the like.",
+)
+def read(paths: tuple[str, ...], into: str | None) -> None:
+    """Write the tables of runs that were kept with --json; runs of a kind are added up."""
+    tables = report.tables([json.loads(Path(path).read_text()) for path in paths])
+    for kind, text in tables.items():
+        if into:
+            page = Path(into).read_text()
+            start, end = f"<!-- {kind} -->", f"<!-- /{kind} -->"
+            before, _, rest = page.partition(start)
+            _, found, after = rest.partition(end)
+            if not found:
+                raise click.ClickException(f"{into} has no {start} and {end}")
+            Path(into).write_text(f"{before}{start}\n{text}\n{end}{after}")
+        else:
+            click.echo(text + "\n")

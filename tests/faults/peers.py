@@ -36,6 +36,7 @@ from faults import points
 KiB, MiB = 1024, 1024 * 1024
 KEPT_BYTES = 3 * MiB
 AUDIT_S = 20.0
+CONNECT_S = 20.0
 
 
 class WrongBytesError(AssertionError):
@@ -81,6 +82,7 @@ class Peer:
         self.commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.comms: set[Any] = set()
         self.quiet = asyncio.Event()
+        self.moved = asyncio.Event()
         self.address = ""
         self.listening_at = ""
 
@@ -117,6 +119,7 @@ class Peer:
                 self.tell(joined=True)
             elif do == "start":
                 self.address = command.get("address")
+                self.moved.set()
                 if working is None:
                     working = asyncio.create_task(self._guarded(work))
             elif do == "where":
@@ -262,7 +265,7 @@ class Peer:
 
     async def talk(self, seq: int) -> int:
         """Ask several times over one connection."""
-        comm = await connect(self.address, timeout=0.5)
+        comm = await self.reach()
         self.comms.add(comm)
         try:
             for _ in range(self.random.randint(3, 12)):
@@ -287,6 +290,23 @@ class Peer:
                 with contextlib.suppress(CommClosedError, OSError):
                     await comm.close()
         return seq
+
+    async def reach(self) -> Any:
+        """Connect; begin anew when the parent names another address."""
+        # Patiently: tornado never closes the socket of a connect that is out of time, and a
+        # listener waits for its handshake for as long as it is open.
+        self.moved.clear()
+        reaching = asyncio.create_task(connect(self.address, timeout=CONNECT_S))
+        moving = asyncio.create_task(self.moved.wait())
+        try:
+            await asyncio.wait({reaching, moving}, return_when=asyncio.FIRST_COMPLETED)
+            if not reaching.done():
+                raise CommClosedError("the listener is elsewhere")
+            return await reaching
+        finally:
+            moving.cancel()
+            if not reaching.done():
+                reaching.cancel()
 
     async def exchange(self, comm: Any, seq: int) -> None:
         arrays = [self.make() for _ in range(self.random.choice((1, 1, 2, 4)))]

@@ -104,5 +104,15 @@ def _by_way(rounds: list[dict[str, Any]]) -> str:
     return table(["traffic", "right", "failed"], rows)
 
 
-def tables(result: dict[str, Any]) -> str:
-    return direct_table(result) if result["kind"] == "direct" else cluster_table(result)
+def tables(results: list[dict[str, Any]]) -> dict[str, str]:
+    """Add up runs of one kind, and write a table for each kind."""
+    parts = {}
+    for kind, key, write in (
+        ("direct", "outcomes", direct_table),
+        ("cluster", "rounds", cluster_table),
+    ):
+        chosen = [result for result in results if result["kind"] == kind]
+        if chosen:
+            everything = [one for result in chosen for one in result[key]]
+            parts[kind] = write({key: everything})
+    return parts

@@ -29,8 +29,9 @@ def run(*arguments: str, timeout_s: float = 250) -> subprocess.CompletedProcess[
     )
 
 
-def test_every_step_is_where_the_harness_says() -> None:
-    done = run("-c", "from faults import points; points.install()")
+@pytest.mark.parametrize("stock", [False, True])
+def test_every_step_is_where_the_harness_says(stock: bool) -> None:
+    done = run("-c", f"from faults import points; points.install(stock={stock})")
     assert done.returncode == 0, done.stderr
 
 
