@@ -705,3 +705,30 @@ def test_a_reader_that_never_reads(child, small_pool, end):
     if end == "reads":
         reader.say()
         reader.wait()
+
+
+# ------------------------------------------------------------------------- a clock that jumps
+
+
+def test_a_wall_clock_that_jumps(child, small_pool):
+    other = child(
+        WORK
+        + """
+import time
+attach()
+joined, real = pool.attached(), time.time
+found = []
+for seconds in (-86400, 86400, -1, 3600):
+    time.time = lambda: real() + seconds
+    found.append([exchange(), rows(), joined.attachment.sweep(), joined.usage()["members"]])
+say([found, causes()])
+hear()
+leave()
+say()
+hear()
+"""
+    )
+    found, causes = other.hear()
+    assert found == [[[8, 0, 8, 0], [0, 0, 0, 0], 0, 2]] * 4
+    assert causes == {}
+    other.ask()

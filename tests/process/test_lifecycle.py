@@ -260,49 +260,6 @@ def test_a_worker_in_another_time_namespace(client: Client, deployment: Deployme
     assert rows() == [0, 0, 0]
 
 
-def jump(seconds: float | None) -> None:
-    """Set the wall clock of this process forward or back; None: as it was."""
-    real = getattr(time.time, "real", time.time)
-    if seconds is None:
-        time.time = real
-        return
-
-    def jumped() -> float:
-        return float(real() + seconds)
-
-    jumped.real = real  # type: ignore[attr-defined]
-    time.time = jumped
-
-
-def test_clocks_that_jump(client: Client, workers: list[str]) -> None:
-    """A day back, a day forward, while arrays are alive and others are sent."""
-    joined = pool.attached()
-    assert joined is not None
-    before = members(joined)
-    x = tasks.numbers(SIZE, 6)
-    kept = client.submit(tasks.identity, x, pure=False).result()
-    try:
-        with measured(client) as delta:
-            for seconds in (-86400.0, 86400.0, -1.0, 3600.0):
-                client.run(jump, seconds)
-                jump(seconds)
-                futures = [
-                    client.submit(tasks.fresh, x, pure=False, workers=[worker])
-                    for worker in workers
-                ]
-                for future in futures:
-                    assert (future.result(60) == x + 1).all()
-                assert members(joined) == before
-        assert delta().inline < 200_000, delta()
-        assert delta().fallbacks == {}, delta()
-        assert (kept == x).all()
-    finally:
-        client.run(jump, None)
-        jump(None)
-    del kept, future, futures
-    assert rows() == [0, 0, 0]
-
-
 # --------------------------------------------------------------------- versions of the package
 
 OTHER_VERSION = """
