@@ -18,10 +18,13 @@ from dask_shm_bridge import mapping
 from dask_shm_bridge.benchmarks import contention, critical, report
 from dask_shm_bridge.benchmarks.alternation import Alternation, Measurement
 from dask_shm_bridge.benchmarks.cases import CASES, CaseMethod, MemcpyWay, MismatchError, Way
+from dask_shm_bridge.benchmarks.census import Census
 from dask_shm_bridge.benchmarks.command import main
 from dask_shm_bridge.benchmarks.dask_way import grid_shape
 from dask_shm_bridge.benchmarks.deadline import within
 from dask_shm_bridge.benchmarks.disk import consume_file, filesystem, load, load_rows, save
+from dask_shm_bridge.benchmarks.endurance import main as endurance
+from dask_shm_bridge.benchmarks.mixture import checksum
 from dask_shm_bridge.benchmarks.payload import Words, change, consume, generate
 from dask_shm_bridge.benchmarks.tracing import Event
 from dask_shm_bridge.benchmarks.traffic import Traffic
@@ -260,7 +263,7 @@ def test_processes_contend_for_a_ledger_and_lose_nothing():
 @pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
 def test_a_fault_in_the_ledger_is_found(monkeypatch):
     folder = MEMORY / f"shm-bridge-contention-test-{os.getpid()}"
-    monkeypatch.setattr(contention.audit, "faults", lambda tables, layout: ["an overlap"])
+    monkeypatch.setattr(contention, "audit", lambda tables, layout: ["an overlap"])
     with pytest.raises(AssertionError, match="an overlap"):
         contention.measure(contention.Plan(str(folder), 1, 10**6, 0, 10.0), 0.05)
     assert not folder.exists()
@@ -278,3 +281,52 @@ def test_the_command_of_contention(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "lent out whole" in done.stdout
     assert json.loads(path.read_text())["processes"] == 2
+# --------------------------------------------------------------------------------- endurance
+
+
+def test_a_checksum_tells_any_two_arrays_apart():
+    words = generate(64 * 1024, 1)
+    right = checksum(words)
+    assert checksum(words.copy()) == right
+    for place in (0, 1024, len(words) - 1):
+        changed = words.copy()
+        changed[place] ^= np.uint64(1)
+        assert checksum(changed) != right
+    swapped = words.copy()
+    swapped[:1024], swapped[1024:2048] = words[1024:2048], words[:1024]
+    assert checksum(swapped) != right
+
+
+def test_trends_are_means_of_the_ends_and_the_middle():
+    census = Census(None, {"client": 1})
+    for number in range(11):
+        sent = {"copied": 300 * number, "inline": 100 * number}
+        census.samples.append(
+            {
+                "seconds": float(number),
+                "processes": {"client": {"fds": number}},
+                "ledger": {"entries": 7},
+                "traffic": {"sent": sent, "received": {"viewed": 50 * number}, "fallbacks": {}},
+            }
+        )
+    trends = {trend.name: trend[1:] for trend in census.trends(2.0)}
+    assert trends == {
+        "client fds": (2.0, 5.5, 9.0),
+        "ledger entries": (7.0, 7.0, 7.0),
+        "bytes moved a second": (50.0, 50.0, 50.0),
+        "inline share": (0.25, 0.25, 0.25),
+    }
+
+
+@pytest.mark.slow
+def test_ten_seconds_of_endurance(tmp_path: Path):
+    pytest.importorskip("dask.array")
+    path = tmp_path / "figures.json"
+    assert endurance(["--seconds", "10", "--every", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["errors"] == []
+    assert sum(found["operations"].values()) > 0
+    assert found["moved_bytes"] > 0
+    assert {found["left_in_ledger"][kind] for kind in ("extent", "lease", "ticket")} == {0}
+    processes = {"client", "scheduler", "worker-0", "worker-1"}
+    assert all(set(sample["processes"]) == processes for sample in found["samples"])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
 import signal
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import MiB, descriptors, eventually, leftovers
 
-from dask_shm_bridge import mapping, pool
+from dask_shm_bridge import counters, mapping, pool
 from dask_shm_bridge.pool import Frame
 
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
@@ -613,3 +616,119 @@ hear()
     other.say()
     other.wait()
     assert leftovers(path / "pool") == []
+
+
+# -------------------------------------------------------------------- a reader that never reads
+
+READER = """
+import asyncio, zlib
+import numpy as np
+import dask_shm_bridge
+from dask_shm_bridge import pool
+from distributed.comm import listen
+
+async def serve():
+    loop, order = asyncio.get_running_loop(), asyncio.Event()
+    sums = []
+    async def handle(comm):
+        await order.wait()
+        while len(sums) < 30:
+            message = await comm.read()
+            sums.append(zlib.crc32(message["x"]))
+        await comm.close()
+        order.clear()
+    async with listen("shm://127.0.0.1:0", handle) as listener:
+        say(listener.contact_address)
+        await loop.run_in_executor(None, hear)
+        order.set()
+        while order.is_set():
+            await asyncio.sleep(0.01)
+        say(sums)
+        await loop.run_in_executor(None, hear)
+
+asyncio.run(serve())
+"""
+
+
+async def send_to(address: str, arrays: list[np.ndarray]) -> Any:
+    """Send each array in a message of its own, whether somebody reads or not."""
+    from distributed.comm import connect
+    from distributed.protocol import to_serialize
+
+    comm = await connect(address)
+    for array in arrays:
+        await comm.write({"x": to_serialize(array)})
+    return comm
+
+
+def sent_bytes() -> dict[str, int]:
+    ways: dict[str, int] = counters.snapshot()["bytes"]["sent"]
+    return ways
+
+
+@pytest.mark.parametrize("end", ["reads", "dies"])
+def test_a_reader_that_never_reads(child, small_pool, end):
+    """What it doesn't read fills the pool; then the rest goes inline, and nobody waits for it."""
+    arrays = [np.full(4 * MiB, seed, np.uint8) for seed in range(30)]
+    reader = child(READER)
+    address = reader.hear()
+
+    async def talk() -> None:
+        before, causes = sent_bytes(), counters.snapshot()["fallbacks"]
+        comm = await asyncio.wait_for(send_to(address, arrays), 60)
+        after = sent_bytes()
+        assert after["copied"] - before["copied"] == 12 * 4 * MiB  # input and scratch
+        assert after["pieces"] == before["pieces"]
+        assert after["inline"] - before["inline"] >= 18 * 4 * MiB
+        full = counters.snapshot()["fallbacks"]["full"] - causes.get("full", 0)
+        assert full == 18
+        small_pool.settle()
+        assert small_pool.usage()["tickets"] == 12
+        if end == "reads":
+            reader.say()
+            sums = await asyncio.to_thread(reader.hear)
+            assert sums == [zlib.crc32(array) for array in arrays]
+        else:
+            reader.kill()
+        with contextlib.suppress(OSError):
+            await comm.close()
+
+    asyncio.run(talk())
+
+    def empty() -> bool:
+        small_pool.attachment.sweep()
+        small_pool.settle()
+        usage = small_pool.usage()
+        return not (usage["extents"] or usage["leases"] or usage["tickets"])
+
+    assert eventually(empty), small_pool.usage()
+    if end == "reads":
+        reader.say()
+        reader.wait()
+
+
+# ------------------------------------------------------------------------- a clock that jumps
+
+
+def test_a_wall_clock_that_jumps(child, small_pool):
+    other = child(
+        WORK
+        + """
+import time
+attach()
+joined, real = pool.attached(), time.time
+found = []
+for seconds in (-86400, 86400, -1, 3600):
+    time.time = lambda: real() + seconds
+    found.append([exchange(), rows(), joined.attachment.sweep(), joined.usage()["members"]])
+say([found, causes()])
+hear()
+leave()
+say()
+hear()
+"""
+    )
+    found, causes = other.hear()
+    assert found == [[[8, 0, 8, 0], [0, 0, 0, 0], 0, 2]] * 4
+    assert causes == {}
+    other.ask()

@@ -39,17 +39,15 @@ class Keeper:
 
 
 def checksum(array: Any) -> int:
-    """Sum the words of an array, each with another weight, modulo 2**64.
+    """Sum the words of an array modulo 2**64, each 8 KiB of them with another weight.
 
-    A word that changed, moved or came from another array changes it.
+    Pages that changed, changed places or came from another array change it.
     """
     words = np.ascontiguousarray(array).reshape(-1).view(np.uint64)
     rows = words[: len(words) // 1024 * 1024].reshape(-1, 1024)
-    total = consume(words).total
-    if len(rows):
-        weights = np.arange(1, 2 * len(rows), 2, dtype=np.uint64)
-        total ^= int(np.add.reduce(np.add.reduce(rows, axis=1, dtype=np.uint64) * weights))
-    return total
+    weights = np.arange(1, 2 * len(rows), 2, dtype=np.uint64)
+    weighted = int(np.add.reduce(np.add.reduce(rows, axis=1, dtype=np.uint64) * weights))
+    return (consume(words).total * 31 + weighted) % 2**64
 
 
 def answer(array: Words, right: int, step: int) -> tuple[Words, int]:

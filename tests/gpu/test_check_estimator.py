@@ -28,7 +28,12 @@ LIMIT_S = 120
 PARAMS: dict[str, dict[str, Any]] = {"ensemble.RandomForestClassifier": {"n_streams": 1}}
 
 # Checks that the remote class fails and cuML's own passes, each with its reason.
-EXCEPTIONS: dict[str, dict[str, str]] = {}
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "cluster.KMeans": {
+        "check_clustering": "cuML numbers the clusters differently from run to run, also with a "
+        "random_state; the check compares the numbers of two fits, and fails now and then",
+    },
+}
 
 
 def remote(path: str, params: dict[str, Any]) -> Any:

@@ -34,8 +34,17 @@ def pool_options() -> dict[str, Any]:
 
 
 def rows() -> list[int]:
-    """Extents, leases and tickets, once there are none or time is up."""
-    counts = usage(extent=0, lease=0, ticket=0)
+    """Extents, leases and tickets, once there are none or time is up; who is dead is swept."""
+    joined = pool.attached()
+    assert joined is not None
+    deadline = time.monotonic() + 20
+    while True:
+        members(joined)
+        counts = usage(timeout_s=0.2, extent=0, lease=0, ticket=0)
+        if not (counts["extent"] or counts["lease"] or counts["ticket"]):
+            break
+        if time.monotonic() > deadline:
+            break
     return [counts["extent"], counts["lease"], counts["ticket"]]
 
 
@@ -206,7 +215,7 @@ def clients_of(dask_scheduler: Any = None) -> int:
     return len([name for name in dask_scheduler.clients if name.startswith("Client-")])
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_notebook_kernel_restarted_50_times(
     client: Client, deployment: Deployment, pool_config: dict[str, Any]
 ) -> None:
@@ -221,7 +230,7 @@ def test_a_notebook_kernel_restarted_50_times(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=270,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -248,49 +257,6 @@ def test_a_worker_in_another_time_namespace(client: Client, deployment: Deployme
             routes_of(client, odd, named(client, "w0"))
         assert delta().inline < 200_000, delta()
         assert delta().fallbacks == {}, delta()
-    assert rows() == [0, 0, 0]
-
-
-def jump(seconds: float | None) -> None:
-    """Set the wall clock of this process forward or back; None: as it was."""
-    real = getattr(time.time, "real", time.time)
-    if seconds is None:
-        time.time = real
-        return
-
-    def jumped() -> float:
-        return float(real() + seconds)
-
-    jumped.real = real  # type: ignore[attr-defined]
-    time.time = jumped
-
-
-def test_clocks_that_jump(client: Client, workers: list[str]) -> None:
-    """A day back, a day forward, while arrays are alive and others are sent."""
-    joined = pool.attached()
-    assert joined is not None
-    before = members(joined)
-    x = tasks.numbers(SIZE, 6)
-    kept = client.submit(tasks.identity, x, pure=False).result()
-    try:
-        with measured(client) as delta:
-            for seconds in (-86400.0, 86400.0, -1.0, 3600.0):
-                client.run(jump, seconds)
-                jump(seconds)
-                futures = [
-                    client.submit(tasks.fresh, x, pure=False, workers=[worker])
-                    for worker in workers
-                ]
-                for future in futures:
-                    assert (future.result(60) == x + 1).all()
-                assert members(joined) == before
-        assert delta().inline < 200_000, delta()
-        assert delta().fallbacks == {}, delta()
-        assert (kept == x).all()
-    finally:
-        client.run(jump, None)
-        jump(None)
-    del kept, future, futures
     assert rows() == [0, 0, 0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -93,13 +94,13 @@ def test_spilling_under_a_reader(client: Client, workers: list[str]) -> None:
 
 def test_a_paused_worker(client: Client, workers: list[str]) -> None:
     paused, other = workers
+    kept = client.scatter([tasks.numbers(SIZE, 20)], hash=False, workers=[paused])
     client.run(pause, "paused", workers=[paused])
     try:
         held = [
             client.submit(tasks.crc, tasks.numbers(SIZE, seed), pure=False, workers=[paused])
             for seed in range(4)
         ]
-        kept = client.scatter([tasks.numbers(SIZE, 20)], hash=False, workers=[paused])
         with measured(client) as delta:
             for seed in range(20):  # far more than the pool holds
                 x = tasks.numbers(SIZE, 100 + seed)
@@ -159,12 +160,17 @@ def test_a_worker_that_holds_everything(client: Client, workers: list[str]) -> N
         there = client.map(tasks.crc, futures, workers=workers[1:], pure=False)
         right = [tasks.crc(np.full(SIZE // 8, seed)) for seed in range(32)]
         assert client.gather(there) == right
-        # and others find room
-        x = tasks.numbers(SIZE, 5)
-        assert client.submit(tasks.crc, x, workers=workers[1:]).result() == tasks.crc(x)
     d = delta()
-    assert d.copied + d.pieces + d.everywhere("sent", "referenced") > 96 * SIZE, d
     assert set(d.fallbacks) <= {"detached", "hold-limit", "full"}, d
     assert "detached" in d.fallbacks, d
+    # While all of it is alive there, others find room: what is old has pages of its own by then.
+    x = tasks.numbers(SIZE, 5)
+    deadline = time.monotonic() + 30
+    while True:
+        with measured(client) as delta:
+            assert client.submit(tasks.crc, x, pure=False).result() == tasks.crc(x)
+        if delta().copied == SIZE and set(delta().fallbacks) <= {"detached"}:
+            break
+        assert time.monotonic() < deadline, delta()
     for future in (*futures, *there):
         future.release()
