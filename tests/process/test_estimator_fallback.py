@@ -192,7 +192,7 @@ def local_cluster() -> Iterator[Any]:
                 n_workers=workers,
                 threads_per_worker=2,
                 processes=False,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # any port: others may have the usual one
                 **kwargs,
             )
             stack.enter_context(cluster)
