@@ -147,7 +147,7 @@ class _Member:
 
     def adopt(self) -> None:
         try:
-            data = os.read(self.inbox, 4 * _NUMBER.size)
+            data = os.read(self.inbox, 16 * _NUMBER.size)
         except BlockingIOError:
             return
         numbers = [number for (number,) in _NUMBER.iter_unpack(data)]

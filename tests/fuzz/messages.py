@@ -24,7 +24,7 @@ from .watch import on, watching
 
 Case = Callable[[Random], str]
 GRAIN = 65536
-_CHECK_EVERY = 100
+_CHECK_EVERY = 500
 
 
 class _Stream:
