@@ -281,6 +281,8 @@ def test_the_command_of_contention(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "lent out whole" in done.stdout
     assert json.loads(path.read_text())["processes"] == 2
+
+
 # --------------------------------------------------------------------------------- endurance
 
 

@@ -28,12 +28,11 @@ LIMIT_S = 120
 PARAMS: dict[str, dict[str, Any]] = {"ensemble.RandomForestClassifier": {"n_streams": 1}}
 
 # Checks that the remote class fails and cuML's own passes, each with its reason.
-EXCEPTIONS: dict[str, dict[str, str]] = {
-    "cluster.KMeans": {
-        "check_clustering": "cuML numbers the clusters differently from run to run, also with a "
-        "random_state; the check compares the numbers of two fits, and fails now and then",
-    },
-}
+EXCEPTIONS: dict[str, dict[str, str]] = {}
+
+# Checks that cuML's own class passes and fails by chance: it numbers clusters differently from run
+# to run, also with a random_state, and the check compares the numbers of two fits.
+BY_CHANCE: dict[str, set[str]] = {"cluster.KMeans": {"check_clustering"}}
 
 
 def remote(path: str, params: dict[str, Any]) -> Any:
@@ -64,5 +63,8 @@ def test_check_estimator(gpu_client: Client, path: str, params: dict[str, Any]) 
     started = time.monotonic()
     ours = failures(lambda: remote(path, params))
     print(f"{path}: {time.monotonic() - started:.1f} s; both fail {sorted(ours.keys() & theirs)}")
+    for check in BY_CHANCE.get(path, ()):
+        ours.pop(check, None)
+        theirs.pop(check, None)
     found = differences(ours, theirs, EXCEPTIONS.get(path, {}))
     assert not found, "\n".join([f"the remote {path}, beside cuML's own:", *found])
