@@ -16,7 +16,8 @@ from random import Random
 
 import msgpack
 
-from dask_shm_bridge import audit, folder, mapping, walk
+from dask_shm_bridge import folder, mapping, walk
+from dask_shm_bridge.audit import audit
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import LedgerError, PoolError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_SIZE, Header, Layout
@@ -75,7 +76,7 @@ def _use(ledger: Ledger, rng: Random) -> None:
     ledger.leave([member.id for member in ledger.members() if member.id != me][:1])
     ledger.leave([me])
     with ledger.record.reading() as tables:
-        found = audit.faults(tables, _LAYOUT)
+        found = audit(tables, _LAYOUT)
     assert not found, found
 
 
