@@ -94,9 +94,14 @@ def test_other_faults(tmp_path: Path, action: str) -> None:
 
 
 def test_a_cluster(tmp_path: Path) -> None:
-    (one,) = outcomes(
-        tmp_path / "cluster.json", "cluster", "--seconds", "20", "--seed", str(SEED + 2)
-    )
+    path = tmp_path / "cluster.json"
+    seed = str(SEED + 2)
+    done = run("-m", "faults", "cluster", "--seconds", "20", "--seed", seed, "--json", str(path))
+    assert path.exists(), f"{done.stdout}\n{done.stderr}"
+    (one,) = json.loads(path.read_text())["rounds"]
+    # Calls that never end are Dask's as well (docs/reliability.md), and come and go with the load.
+    damage = {kind: one[kind] for kind in ("wrong", "errors", "leaks")}
+    assert damage == {"wrong": [], "errors": [], "leaks": []}, done.stdout
     assert sum(fault["kills"] for fault in one["faults"]) > 0, one["faults"]
     assert sum(one["done"].values()) > 0, one
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import psutil
 from distributed import Client
 
 import dask_shm_bridge
@@ -233,6 +234,13 @@ class Deployment:
     def close(self) -> None:
         """End all processes, the workers first; one that doesn't end says where it is."""
         stuck = []
+        # A nanny does not wait for a worker that it has killed.
+        workers = [
+            child
+            for process in self.processes
+            if process.poll() is None
+            for child in psutil.Process(process.pid).children(recursive=True)
+        ]
         # A worker that gets its signal while its scheduler closes may wait for ever, in Dask.
         for group in (self.processes[1:], self.processes[:1]):
             for process in group:
@@ -245,6 +253,7 @@ class Deployment:
                     stuck.append(process.pid)
                     process.send_signal(signal.SIGABRT)  # its stacks go to its log
                     process.wait(10)
+        stuck += [one.pid for one in psutil.wait_procs(workers, STOP_TIMEOUT_S)[1]]
         if stuck:
             raise RuntimeError(f"processes {stuck} did not end:\n{self.said()}")
 

@@ -440,7 +440,10 @@ def test_a_local_cluster_keeps_its_devices(config: dict[str, Any], processes: bo
         if __name__ == "__main__":
             sys.argv = ["dask", "scheduler"]  # even so
             with LocalCluster(
-                n_workers=1, threads_per_worker=1, processes=PROCESSES, dashboard_address=None
+                n_workers=1,
+                threads_per_worker=1,
+                processes=PROCESSES,
+                dashboard_address="127.0.0.1:0",
             ) as cluster, Client(cluster) as client:
                 assert "shm-bridge" in cluster.scheduler.plugins
                 print(seen(), *client.run(seen).values())

@@ -96,7 +96,7 @@ def test_the_pool_beside_tls_is_opt_in(
             threads_per_worker=1,
             protocol=protocol,
             security=security,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,
             local_directory=str(tmp_path),
         ) as cluster,

@@ -113,7 +113,7 @@ def test_a_local_cluster_with_nannies(pool_config: dict[str, Any], tmp_path: Pat
             n_workers=2,
             threads_per_worker=1,
             protocol="tcp",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit="2GB",
             local_directory=str(tmp_path),
         ) as cluster,
