@@ -29,8 +29,6 @@ ROOT = str(Path(__file__).resolve().parents[len((__package__ or "x").split("."))
 MiB = 1024 * 1024
 # What `make test-threshold` sets: then it holds for all processes of all tests.
 THRESHOLD = os.environ.get("DASK_SHM_BRIDGE__THRESHOLD")
-# Messages go through the pool themselves then, and come to less than this beside the payloads,
-# whose sizes are multiples of it.
 MESSAGES = 64 * 1024
 START_TIMEOUT_S = 60.0
 # A signal cancels all of a worker's coroutines. If that meets a `BatchedSend` in a write, it never
@@ -265,6 +263,15 @@ class Deployment:
 # ---------------------------------------------------------------------------------- figures
 
 
+def payload(nbytes: int) -> int:
+    """Return what of these bytes, that went through the pool, were payloads.
+
+    Where all messages go through the pool, they come to less than 64 KiB beside the payloads, whose
+    sizes are multiples of that.
+    """
+    return nbytes if THRESHOLD is None else nbytes - nbytes % MESSAGES
+
+
 class Delta:
     """What was moved between two looks at the figures; `measured` makes one."""
 
@@ -272,15 +279,18 @@ class Delta:
         self._before = before
         self._after = after
 
-    def at(self, who: str, direction: str, way: str, what: str = "bytes") -> int:
-        """Return a figure of ``client``, ``scheduler``, ``workers`` (all) or one address."""
+    def at(
+        self, who: str, direction: str, way: str, what: str = "bytes", messages: bool = False
+    ) -> int:
+        """Return a figure of ``client``, ``scheduler``, ``workers`` (all) or one address.
+
+        Where all messages go through the pool, these count with their payloads if `messages`.
+        """
         total = sum(
             after[what][direction][way] - before[what][direction][way]
             for before, after in self._pairs(who)
         )
-        if THRESHOLD is not None and what == "bytes" and way != "inline":
-            total -= total % MESSAGES
-        return int(total)
+        return total if messages or what != "bytes" or way == "inline" else payload(total)
 
     def everywhere(self, direction: str, way: str, what: str = "bytes") -> int:
         """Return a figure summed over client, scheduler and workers."""
