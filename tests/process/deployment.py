@@ -290,11 +290,15 @@ class Delta:
             after[what][direction][way] - before[what][direction][way]
             for before, after in self._pairs(who)
         )
-        return total if messages or what != "bytes" or way == "inline" else payload(total)
+        exact = messages or what != "bytes" or way in ("inline", "pieces")
+        return total if exact else payload(total)
 
-    def everywhere(self, direction: str, way: str, what: str = "bytes") -> int:
+    def everywhere(
+        self, direction: str, way: str, what: str = "bytes", messages: bool = False
+    ) -> int:
         """Return a figure summed over client, scheduler and workers."""
-        return sum(self.at(who, direction, way, what) for who in ("client", "scheduler", "workers"))
+        everybody = ("client", "scheduler", "workers")
+        return sum(self.at(who, direction, way, what, messages) for who in everybody)
 
     @property
     def inline(self) -> int:
