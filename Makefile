@@ -51,8 +51,8 @@ test-oldest: .venv-test-oldest/stamp ## the same with the oldest Dask that is su
 
 .PHONY: test-threshold
 test-threshold: .venv-test/stamp ## tests with real processes, every frame going through the pool
-	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest \
-	  -m 'process and not threshold and not slow' $(PYTEST_ARGS)
+	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
+	  -m 'not threshold and not slow' $(PYTEST_ARGS)
 
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
