@@ -173,7 +173,7 @@ def test_figures_of_a_cluster_with_a_stock_worker(preloaded: Deployment, negotia
         for who in ("client", "scheduler")
     }
     assert payload(sent["client"]["copied"]) == 2 * SIZE
-    assert sent["scheduler"]["referenced"] == SIZE
+    assert payload(sent["scheduler"]["referenced"]) == SIZE
     assert SIZE <= sent["scheduler"]["inline"] < 1.1 * SIZE
     assert after["scheduler"]["fallbacks"]["no-common-pool"] > 0
 
