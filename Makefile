@@ -35,7 +35,7 @@ $(foreach env,$(ENVS),$(if $(wildcard .venv-$(env)/stamp),\
 .PHONY: help
 help: ## list the targets (the default)
 	@echo 'make TARGET [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: .venv-demo/stamp ## a cluster, arrays that go through the pool, and what it saved
@@ -48,6 +48,11 @@ test: .venv-test/stamp ## the test suite (PYTEST_ARGS='-k ledger')
 .PHONY: test-oldest
 test-oldest: .venv-test-oldest/stamp ## the same with the oldest Dask that is supported
 	@.venv-test-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-threshold
+test-threshold: .venv-test/stamp ## tests with real processes, every frame going through the pool
+	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
+	  -m 'not threshold and not slow' $(PYTEST_ARGS)
 
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)

@@ -158,6 +158,8 @@ class ShmTCP(TCP):
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
         """Send a message; if it is large, its frames of 64 KiB and more go through the pool.
 
+        Where the threshold is smaller than that, so may be the frames: at 1 byte all of them go.
+
         Returns
         -------
         int

@@ -32,7 +32,8 @@ POOL = {
     "shm-bridge.pool.slot-size": "4 MiB",
     "shm-bridge.pool.linger": "60s",
     "shm-bridge.copy-threads": 2,
-    "shm-bridge.threshold": "256 KiB",  # arrays of tests are small
+    # arrays of tests are small; `make test-threshold` sets it to 1 byte
+    "shm-bridge.threshold": os.environ.get("DASK_SHM_BRIDGE__THRESHOLD", "256 KiB"),
 }
 PATIENCE_S = 10.0
 

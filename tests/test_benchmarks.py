@@ -173,6 +173,7 @@ def test_each_path_ends_with_the_clock(case, protocol):
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.threshold  # a message is known by its way through the pool
 def test_a_timeline_of_every_case(tmp_path):
     out, reps = tmp_path / "out.json", 2
     arguments = ["--case", ",".join(critical.CASES), "--size", "6MiB", "--reps", str(reps)]

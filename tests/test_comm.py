@@ -9,12 +9,13 @@ import socket
 import weakref
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from distributed.comm import CommClosedError, connect, listen
-from distributed.protocol import to_serialize
+from distributed.protocol import Serialize, to_serialize
 
-from dask_shm_bridge import backends, pool
+from dask_shm_bridge import backends, counters, pool
 
 MiB = 1024 * 1024
 
@@ -78,3 +79,66 @@ def test_a_connect_that_is_out_of_time_closes_its_socket(
     monkeypatch.setattr(backends, "join_pool", slow)
     assert asyncio.run(talk()) == b""
     assert "dangling" not in caplog.text
+
+
+SMALL = {
+    "a number": 1,
+    "text": ["", "a", "ä" * 100],
+    "bytes": [b"", b"x", bytes(100)],
+    "arrays": [to_serialize(np.arange(n, dtype="u1")) for n in (0, 1, 2, 65_535, 65_536, 65_537)],
+    "no dimension": to_serialize(np.array(1.5)),
+    "nested": {"op": "x", "deep": [{"a": to_serialize({"b": np.ones(3)})}, to_serialize("text")]},
+    "many": [to_serialize(np.full(1, n)) for n in range(100)],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_threshold_of_one_byte(name: str) -> None:
+    # the first frame too, which says what the message is; only the manifest is on the socket
+    async def serve(comm: Any) -> None:
+        with contextlib.suppress(CommClosedError):
+            while True:
+                message = await comm.read()
+                await comm.write([to_serialize(x) if stored(x) else x for x in message])
+
+    def stored(x: Any) -> bool:
+        return isinstance(x, np.ndarray)
+
+    async def talk() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        listener = await listen("shm://127.0.0.1:0", serve)
+        comm = await connect(listener.contact_address)
+        before = counters.snapshot()
+        value = SMALL[name]
+        message = value if isinstance(value, list) else [value]
+        await comm.write(message)
+        received = await comm.read()
+        after = counters.snapshot()
+        await comm.close()
+        stopping: Any = listener.stop()
+        if stopping is not None:
+            await stopping
+        return received, before, after
+
+    with dask.config.set({"shm-bridge.threshold": 1}):
+        received, before, after = asyncio.run(talk())
+    sent = SMALL[name] if isinstance(SMALL[name], list) else [SMALL[name]]
+    assert len(received) == len(sent)
+    np.testing.assert_equal(received, [plain(x) for x in sent])
+    assert after["fallbacks"] == before["fallbacks"]
+
+    def moved(direction: str, way: str, what: str) -> int:
+        return int(after[what][direction][way] - before[what][direction][way])
+
+    assert moved("sent", "inline", "bytes") < 40 * len(sent) + 2_000
+    through = moved("received", "viewed", "frames")
+    assert through == moved("sent", "copied", "frames") + moved("sent", "referenced", "frames")
+    assert through >= 2, "the first frame of each message"
+
+
+def plain(x: Any) -> Any:
+    """Return what arrives where `x` was sent."""
+    if isinstance(x, Serialize):
+        return plain(x.data)
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    return [plain(one) for one in x] if isinstance(x, list) else x

@@ -666,6 +666,7 @@ def sent_bytes() -> dict[str, int]:
     return ways
 
 
+@pytest.mark.threshold  # counts what has room in the pool
 @pytest.mark.parametrize("end", ["reads", "dies"])
 def test_a_reader_that_never_reads(child, small_pool, end):
     """What it doesn't read fills the pool; then the rest goes inline, and nobody waits for it."""

@@ -30,6 +30,8 @@ _CHECK_EVERY = 500
 class _Stream:
     """What a peer has sent, and then its end."""
 
+    error: BaseException | None = None
+
     def __init__(self, data: bytes) -> None:
         self._data, self._at = memoryview(data), 0
 

@@ -28,6 +28,9 @@ from dask_shm_bridge import pool
 ROOT = str(Path(__file__).resolve().parents[len((__package__ or "x").split("."))])
 
 MiB = 1024 * 1024
+# What `make test-threshold` sets: then it holds for all processes of all tests.
+THRESHOLD = os.environ.get("DASK_SHM_BRIDGE__THRESHOLD")
+MESSAGES = 64 * 1024
 START_TIMEOUT_S = 60.0
 # A signal cancels all of a worker's coroutines. If that meets a `BatchedSend` in a write, it never
 # says that it has stopped, and Dask waits for it for 30 s (docs/what-remains.md).
@@ -44,6 +47,8 @@ QUIET = {
 def settings(folder: str | bool, **more: Any) -> dict[str, Any]:
     """Return configuration: `folder` as the pool, and `pool_size="64 MiB"` and the like."""
     result = {"shm-bridge.pool.path": folder, "shm-bridge.threshold": "256 KiB", **QUIET}
+    if THRESHOLD is not None:
+        more["threshold"] = THRESHOLD
     for name, value in more.items():
         key = name.replace("_", "-")
         for group in ("pool", "distributed"):
@@ -267,6 +272,15 @@ class Deployment:
 # ---------------------------------------------------------------------------------- figures
 
 
+def payload(nbytes: int) -> int:
+    """Return what of these bytes, that went through the pool, were payloads.
+
+    Where all messages go through the pool, they come to less than 64 KiB beside the payloads, whose
+    sizes are multiples of that.
+    """
+    return nbytes if THRESHOLD is None else nbytes - nbytes % MESSAGES
+
+
 class Delta:
     """What was moved between two looks at the figures; `measured` makes one."""
 
@@ -274,16 +288,26 @@ class Delta:
         self._before = before
         self._after = after
 
-    def at(self, who: str, direction: str, way: str, what: str = "bytes") -> int:
-        """Return a figure of ``client``, ``scheduler``, ``workers`` (all) or one address."""
-        return sum(
+    def at(
+        self, who: str, direction: str, way: str, what: str = "bytes", messages: bool = False
+    ) -> int:
+        """Return a figure of ``client``, ``scheduler``, ``workers`` (all) or one address.
+
+        Where all messages go through the pool, these count with their payloads if `messages`.
+        """
+        total = sum(
             after[what][direction][way] - before[what][direction][way]
             for before, after in self._pairs(who)
         )
+        exact = messages or what != "bytes" or way in ("inline", "pieces")
+        return total if exact else payload(total)
 
-    def everywhere(self, direction: str, way: str, what: str = "bytes") -> int:
+    def everywhere(
+        self, direction: str, way: str, what: str = "bytes", messages: bool = False
+    ) -> int:
         """Return a figure summed over client, scheduler and workers."""
-        return sum(self.at(who, direction, way, what) for who in ("client", "scheduler", "workers"))
+        everybody = ("client", "scheduler", "workers")
+        return sum(self.at(who, direction, way, what, messages) for who in everybody)
 
     @property
     def inline(self) -> int:

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -417,7 +418,10 @@ def test_the_scheduler_dies(tmp_path: Path) -> None:
 def test_adaptive_scaling(pool_config: dict[str, Any], tmp_path: Path) -> None:
     joined = pool.attach()
     before = members(joined)
+    # Dask's work stealing remembers closed workers, and these the tasks that they last ran.
+    stealing = dask.config.set({"distributed.scheduler.work-stealing": False})
     with (
+        stealing,
         LocalCluster(
             n_workers=0,
             threads_per_worker=1,

@@ -14,7 +14,7 @@ from distributed import Client, wait
 from dask_shm_bridge import pool
 
 from . import tasks
-from .deployment import Deployment, MiB, measured, private_pool, usage
+from .deployment import MESSAGES, THRESHOLD, Delta, Deployment, MiB, measured, private_pool, usage
 
 POOL = 64 * MiB
 SMALL = 300_000  # bytes of messages without their payload
@@ -36,6 +36,21 @@ def is_megabytes(x: np.ndarray, n: int, seed: int = 0) -> bool:
     """Check what `megabytes` made."""
     assert x.flags.writeable
     return len(x) == n * 1_000_000 // 8 and bool((x == megabytes(n, seed)).all())
+
+
+def copied(delta: Delta, nbytes: int) -> None:
+    """Check that payload of this size, no whole number of pages, entered the pool once."""
+    found = delta.everywhere("sent", "copied", messages=True)
+    assert nbytes <= found <= nbytes + (0 if THRESHOLD is None else MESSAGES), delta
+
+
+def no_fallbacks(delta: Delta) -> None:
+    """Check that nothing went another way.
+
+    With a threshold of 1 byte, the message that a large array came in is held while its pieces are
+    read, for long enough to be detached from this crowded pool.
+    """
+    assert delta.fallbacks.keys() <= (set() if THRESHOLD is None else {"detached"}), delta
 
 
 @contextmanager
@@ -81,14 +96,14 @@ def test_an_extent_of_many_slots(tmp_path: Path) -> None:
             future = client.scatter(x, hash=False)
             assert client.submit(is_megabytes, future, 300).result()
             assert (future.result() == x).all()
-        assert delta().copied == x.nbytes, delta()
+        copied(delta(), x.nbytes)
         assert delta().pieces == 0
         assert delta().fallbacks == {}, delta()
         assert delta().inline < SMALL
         del future
         with measured(client) as delta:
             assert is_megabytes(client.submit(megabytes, 300, 1).result(), 300, 1)
-        assert delta().copied == x.nbytes, delta()
+        copied(delta(), x.nbytes)
         assert delta().pieces == 0
 
 
@@ -103,7 +118,7 @@ def test_larger_than_the_pool_by_submit(client: Client, size: int) -> None:
     assert delta().at("client", "sent", "pieces") == size * 1_000_000, delta()
     assert delta().at("scheduler", "sent", "pieces") == size * 1_000_000, delta()
     assert delta().inline < SMALL, delta()
-    assert delta().fallbacks == {}, delta()
+    no_fallbacks(delta())
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -121,7 +136,7 @@ def test_larger_than_the_pool_by_scatter_and_gather(
     assert d.at("workers", "sent", "pieces") == x.nbytes, d
     assert d.at("scheduler", "sent", "pieces") == (0 if direct else 2 * x.nbytes), d
     assert d.inline < SMALL, d
-    assert d.fallbacks == {}, d
+    no_fallbacks(d)
 
 
 def test_larger_than_the_pool_between_workers(client: Client, workers: list[str]) -> None:
@@ -200,10 +215,11 @@ def test_a_full_pool(client: Client) -> None:
         assert d.copied == d.pieces == 0, d
         assert d.inline >= 2 * x.nbytes, d
         assert set(d.fallbacks) == {"full"}, d
-        assert d.fallbacks["full"] == 4, d  # four hops
+        if THRESHOLD is None:
+            assert d.fallbacks["full"] == 4, d  # four hops
     with measured(client) as delta:
         assert client.submit(tasks.crc, x, pure=False).result() == tasks.crc(x)
-    assert delta().copied == x.nbytes, delta()
+    copied(delta(), x.nbytes)
     assert delta().fallbacks == {}, delta()
 
 
@@ -273,6 +289,6 @@ def test_gigabytes_in_one_extent(tmp_path: Path, size: int) -> None:
             del x
             assert client.submit(is_megabytes, future, size, 1).result()
             assert is_megabytes(future.result(), size, 1)
-        assert delta().copied == size * 1_000_000, delta()
+        copied(delta(), size * 1_000_000)
         assert delta().pieces == 0
         assert delta().fallbacks == {}, delta()

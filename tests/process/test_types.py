@@ -138,8 +138,8 @@ def test_through_the_pool(client: Client, workers: list[str], name: str) -> None
     value = values.VALUES[name](LARGE)
     with measured(client) as delta:
         result = scattered(client, value, workers)
-    assert delta().at("client", "sent", "copied") >= value.nbytes, delta()
-    assert delta().at("client", "received", "viewed") >= value.nbytes, delta()
+    assert delta().at("client", "sent", "copied", messages=True) >= value.nbytes, delta()
+    assert delta().at("client", "received", "viewed", messages=True) >= value.nbytes, delta()
     assert delta().inline < 20_000, delta()
     assert result.flags.aligned
     assert not result.flags.owndata
