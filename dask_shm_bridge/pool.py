@@ -582,7 +582,13 @@ def detach_all(*, at_exit: bool = False) -> None:
 def role() -> str:
     """Return ``worker`` in a process that has a Dask worker, else ``client``."""
     module = sys.modules.get("distributed.worker")
-    return "worker" if module is not None and len(module.Worker._instances) else "client"
+    if module is None or not len(module.Worker._instances):
+        return "client"
+    try:  # Dask may keep those that have closed, of a cluster in this process
+        alive = any(worker.status.name != "closed" for worker in module.Worker._instances)
+    except RuntimeError:  # another thread is just making one
+        alive = True
+    return "worker" if alive else "client"
 
 
 def region() -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 
 import dask
 import numpy as np
@@ -994,3 +995,17 @@ def test_a_forked_child_of_a_member_of_a_lost_pool(pool_folder, child):
     )
     assert one.hear() == [0, 2, 7 << 20]
     one.wait()
+
+
+def test_a_worker_that_has_closed_is_no_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed.worker
+    from distributed.core import Status
+
+    class Fake:
+        status = Status.running
+
+    one = Fake()
+    monkeypatch.setattr(distributed.worker.Worker, "_instances", weakref.WeakSet([one]))
+    assert (pool.role(), pool.region()) == ("worker", "output")
+    one.status = Status.closed
+    assert (pool.role(), pool.region()) == ("client", "input")

@@ -37,6 +37,7 @@ class DaskWay(Way):
         self.workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
         if len(self.workers) < 2:
             raise ValueError(f"the cases need two workers, {name} has {len(self.workers)}")
+        client.amm.stop()  # it takes replicas away every two seconds, also in a broadcast
 
     def case_methods(self) -> dict[str, CaseMethod]:
         """Offer every case."""
