@@ -201,8 +201,12 @@ def test_what_is_no_table(path: str, value: Any) -> None:
 # ------------------------------------------------------------------------ files and processes
 
 STAY = """
-from dask_shm_bridge import pool
+import time
+from dask_shm_bridge import keeper, pool
+keeper._FILES_S = 600.0  # once it has looked, it makes nothing anew while a test looks
 p = pool.attach()
+while not p._keeper._next_mend:
+    time.sleep(0.01)
 grant, = p.ledger.allocate(p.member, [1 << 20], "input")
 p.connect()
 say([p.attachment.name, p.attachment.member, p.pid])
