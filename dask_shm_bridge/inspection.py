@@ -56,7 +56,7 @@ def walk(data_fd: int, lock_fd: int, nbytes: int, timeout_s: float) -> None:
     """
     copy = mapping.memory_file("shm-bridge-ledger")
     try:
-        _lock(lock_fd, timeout_s)
+        lock(lock_fd, timeout_s)
         try:
             _copy(data_fd, copy, nbytes)
         finally:
@@ -66,7 +66,14 @@ def walk(data_fd: int, lock_fd: int, nbytes: int, timeout_s: float) -> None:
         os.close(copy)
 
 
-def _lock(lock_fd: int, timeout_s: float) -> None:
+def lock(lock_fd: int, timeout_s: float) -> None:
+    """Take the lock under which members write to a ledger.
+
+    Raises
+    ------
+    LedgerBusyError
+        If it was not had in time.
+    """
     deadline = time.monotonic() + timeout_s
     while not mapping.try_lock(lock_fd):
         if time.monotonic() >= deadline:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 from dask_shm_bridge.errors import LedgerBusyError, LedgerError
 
@@ -61,16 +60,15 @@ def read(pool: str, timeout_s: float) -> bytes:
 
 
 def _main(pool: str, timeout_s: float) -> int:
-    from dask_shm_bridge import mapping
+    from dask_shm_bridge import inspection, mapping
     from dask_shm_bridge.record import Record
 
     directory = mapping.open_directory(pool)
     lock = mapping.open_file("ledger.lock", dir_fd=directory)
-    deadline = time.monotonic() + timeout_s
-    while not mapping.try_lock(lock):
-        if time.monotonic() > deadline:
-            return _BUSY
-        time.sleep(0.001)
+    try:
+        inspection.lock(lock, timeout_s)
+    except LedgerBusyError:
+        return _BUSY
     try:
         tables = Record.peek(os.path.join(pool, "ledger"))
     except LedgerError as error:
