@@ -54,6 +54,10 @@ test-threshold: .venv-test/stamp ## tests with real processes, every frame going
 	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
 	  -m 'not threshold and not slow' $(PYTEST_ARGS)
 
+.PHONY: test-windows
+test-windows: .venv-test/stamp ## tests on a Windows Python under Wine, which root has installed
+	@.venv-test/bin/python -m tests.windows test $(PYTEST_ARGS)
+
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
 	@mkdir -p $(CHAOS_FOLDER)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MEMORY, eventually
+from conftest import MEMORY, WINDOWS, eventually, posix
 
 import dask_shm_bridge
 from dask_shm_bridge import mapping
@@ -25,15 +25,11 @@ from dask_shm_bridge.errors import PoolUnsafeError, PoolUnsupportedError
 
 PACKAGE = Path(dask_shm_bridge.__file__).parent
 PAGE = mmap.PAGESIZE
-WINDOWS = os.name == "nt"
 OTHER_PLATFORM = "mapping._linux" if WINDOWS else "mapping._windows"
 
 supported = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
 as_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can do this"
-)
-posix = pytest.mark.skipif(
-    WINDOWS, reason="Windows has no modes, pipes, forks and pages that change in place"
 )
 windows = pytest.mark.skipif(not WINDOWS, reason="only Windows does that")
 

@@ -226,8 +226,8 @@ def _complex_numbers(target: Path, site: Path) -> None:
     what is not ours it hands on.
     """
     source = Path(__file__).with_name("complex.c")
-    listing = subprocess.run([GCC, "-E", source], capture_output=True, text=True, check=True).stdout
-    ours = sorted(set(re.findall(r"bridge_(c[a-z]+)\(", listing)))
+    listing = subprocess.run([GCC, "-E", source], capture_output=True, text=True, check=True)
+    ours = sorted(set(re.findall(r"bridge_(c[a-z]+)\(", listing.stdout)))
     users = [
         path
         for path in sorted(site.rglob("*.pyd"))
@@ -236,8 +236,10 @@ def _complex_numbers(target: Path, site: Path) -> None:
     names = {name for path in users for name in imports(path, SYSTEMS)} - set(ours)
     lines = [f"  {name} = bridge_{name}" for name in ours]
     lines += [f"  {name} = ucrtbase.{name}" for name in sorted(names)]
-    (target / "complex.def").write_text("\n".join([f"LIBRARY \"{OURS}\"", "EXPORTS", *lines]) + "\n")
-    _run(GCC, "-shared", "-static", "-O1", "-s", "-o", target / OURS, source, target / "complex.def")
+    (target / "complex.def").write_text("\n".join([f'LIBRARY "{OURS}"', "EXPORTS", *lines]) + "\n")
+    _run(
+        GCC, "-shared", "-static", "-O1", "-s", "-o", target / OURS, source, target / "complex.def"
+    )
     for path in users:
         path.write_bytes(path.read_bytes().replace(SYSTEMS.encode(), OURS.encode()))
 

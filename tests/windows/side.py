@@ -20,11 +20,7 @@ from distributed import Client, LocalCluster
 
 import dask_shm_bridge
 
-MARK = "{"
 TIMEOUT_S = 60.0
-# Over plain TCP, too, Windows and Linux differ in these: a long double has 8 bytes or 16, and
-# which integers a list of Python's become.
-LONG_DOUBLE = ("dtype g", "dtype G", "strided longdouble", "strided clongdouble")
 
 
 def say(**what: Any) -> None:
@@ -35,6 +31,11 @@ def say(**what: Any) -> None:
 def identity(x: Any) -> Any:
     """Return an array as it came."""
     return x
+
+
+def eighth(x: Any) -> int:
+    """Return one item."""
+    return int(x[7])
 
 
 def platform() -> str:
@@ -74,69 +75,79 @@ def cluster(protocols: list[str], workers: int = 1, processes: bool = False) -> 
         sys.stdin.read()
 
 
-def matrix(shm: str, tcp: str, enabled: bool = False) -> None:
+def matrix(shm: str, tcp: str) -> None:
     """Send every kind of value to a worker and back, over both; tell what is not as it should be.
 
-    With `enabled`, `shm` is the address of an ordinary cluster that is taken into the pool first.
+    Then some of them again, after `enable` has taken the second cluster into the pool.
     """
     from tests.process import values
 
     wrong: list[Any] = []
-    unmade: list[str] = []
+    unmade: set[str] = set()
+    raised: set[str] = set()
     compared = 0
+    names = list(values.VALUES)
     with _client(tcp) as plain, _client(shm) as client:
         far = client.submit(platform).result(TIMEOUT_S)
-        if enabled:
-            dask_shm_bridge.enable(client)
-        before = dask_shm_bridge.stats(client)
-        for name, make in values.VALUES.items():
-            for n in (60, 3000 if name not in SLOW else 300):
+        figures = []
+        for clients, cases in (
+            ((plain, client), [(name, LARGE.get(name, 3000)) for name in names]),
+            ((plain, client), [(name, 60) for name in names[::4]]),
+            ((client, plain), [(name, LARGE.get(name, 3000)) for name in names[1::4]]),
+        ):
+            if clients[0] is client:
+                dask_shm_bridge.enable(plain)
+            before = dask_shm_bridge.stats(clients[1])
+            for name, n in cases:
                 try:
-                    value = make(n)
-                except (PermissionError, TypeError, AttributeError) as error:
-                    # Windows removes no file that is mapped, and has no long double of its own
-                    unmade.append(f"{name}: {error!r:.80}")
+                    value = values.VALUES[name](n)
+                except PermissionError:  # Windows removes no file that is mapped
+                    unmade.add(name)
                     continue
-                found = [_outcomes(each, value) for each in (plain, client)]
+                sent = _digest(values.describe(value))
+                first, second = (_outcome(each, value) for each in clients)
                 compared += 1
-                if found[0] != found[1]:
-                    sent = _digest(values.describe(value))
-                    back = found[1][1]
-                    if not (back == sent and found[1][0] == found[0][0]):
-                        wrong.append([name, n, *found, sent])
-        after = dask_shm_bridge.stats(client)
+                if first[0] == "raised":
+                    raised.add(name)
+                if first != second and second != [sent, sent]:
+                    wrong.append([name, n, first, second, sent])
+            figures.append(_ways(before, dask_shm_bridge.stats(clients[1])))
         say(
             wrong=wrong,
-            unmade=unmade,
+            unmade=sorted(unmade),
+            raised=sorted(raised),
             compared=compared,
             here=sys.platform,
             far=far,
-            ways=_ways(before, after),
-            causes=sorted(after["client"]["fallbacks"]),
-            pool=[each["pool"] for each in after["workers"].values()],
+            ways=figures,
+            causes=sorted(dask_shm_bridge.stats()["fallbacks"]),
         )
 
 
-SLOW = ("DataFrame", "arrow Table", "plain object", "dataclass")
+# What takes long to make or to compare is smaller.
+LARGE = dict.fromkeys(("DataFrame", "plain object", "dataclass", "python objects"), 600)
 
 
 def _digest(x: Any) -> int:
     return zlib.crc32(repr(x).encode())
 
 
-def _outcomes(client: Client, value: Any) -> list[Any]:
+def seen(value: Any) -> tuple[int, Any]:
+    """Return what a value is here, and the value."""
     from tests.process import values
 
-    found = []
-    for route in (values.describe, identity):
-        try:
-            result = client.submit(route, value, pure=False).result(TIMEOUT_S)
-            if route is identity:
-                result = values.describe(result)
-            found.append(_digest(result))
-        except Exception as error:  # to be compared with TCP's
-            found.append(["raised", type(error).__name__])
-    return found
+    return _digest(values.describe(value)), value
+
+
+def _outcome(client: Client, value: Any) -> list[Any]:
+    """Say what a worker saw, and what came back; or that it raised, to be compared with TCP's."""
+    from tests.process import values
+
+    try:
+        there, back = client.submit(seen, value, pure=False).result(TIMEOUT_S)
+    except Exception as error:
+        return ["raised", type(error).__name__]
+    return [there, _digest(values.describe(back))]
 
 
 def _ways(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
@@ -185,7 +196,7 @@ def moves(shm: str, nbytes: int) -> None:
         # a view that somebody has written into is sent with what was written
         view = client.scatter([data], hash=False)[0].result()
         view[7] = 42
-        seen = client.submit(lambda x: int(x[7]), view, pure=False).result()
+        seen = client.submit(eighth, view, pure=False).result()
         del view
         gc.collect()
         deadline = time.monotonic() + TIMEOUT_S
@@ -240,4 +251,6 @@ def main(part: str, options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from tests.windows import side  # so that its functions are pickled by their names
+
+    side.main(*sys.argv[1:])
