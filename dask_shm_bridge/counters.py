@@ -10,8 +10,8 @@ from typing import Any
 
 logger = logging.getLogger("dask_shm_bridge")
 
-SENT = ("copied", "referenced", "pieces", "inline")
-RECEIVED = ("viewed", "copied", "inline")
+SENT = ("copied", "referenced", "pieces", "file", "inline")
+RECEIVED = ("viewed", "copied", "file", "inline")
 DEVICE = ("pinned", "staged", "pageable")
 
 _lock = threading.Lock()

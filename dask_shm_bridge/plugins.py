@@ -155,7 +155,7 @@ def _finish(dask_worker: Any = None) -> bool:
     from dask_shm_bridge import upgrade
 
     upgrade.close_idle(dask_worker.rpc)
-    return getattr(dask_worker.batched_stream.comm, "_link", None) is not None
+    return bool(getattr(dask_worker.batched_stream.comm, "agreed", False))
 
 
 def _finish_scheduler(dask_scheduler: Any = None) -> None:

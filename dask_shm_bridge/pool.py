@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from dask_shm_bridge import counters, folder, mapping
 from dask_shm_bridge.config import Settings
@@ -33,7 +34,7 @@ from dask_shm_bridge.errors import (
     PoolError,
 )
 from dask_shm_bridge.keeper import Keeper
-from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES
+from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES, grains
 from dask_shm_bridge.ledger import Grant, Part
 from dask_shm_bridge.shipment import Frame, Received, Shipment
 from dask_shm_bridge.views import Views
@@ -288,6 +289,38 @@ class Pool:
         if self.views.leased_bytes > self.settings.hold_limit * self.layout.size_bytes:
             self.events.put(("trim", None))
         return view
+
+    def reserve(self, nbytes: int) -> tuple[Grant, npt.NDArray[np.uint8]] | None:
+        """Lend this process an extent to fill; return it and its memory, in whole grains.
+
+        None where there is no room. `publish` makes a view of it; else its lease is to be given
+        back.
+        """
+        grant = None
+        if self.views.leased_bytes + nbytes > self.settings.hold_limit * self.layout.size_bytes:
+            self.events.put(("trim", None))
+            return None
+        try:
+            self._check_open()
+            (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+            if grant is None:
+                self.events.put(("sweep", None))
+                return None
+            self._commit(grant)
+            self._touch(grant)
+            start = HEADER_BYTES + grant.offset
+            return grant, self.views.shared.array[start : start + grains(nbytes)]
+        except (LedgerError, OSError):
+            if grant is not None:
+                self.events.put(("lease", (grant.extent, grant.lease)))
+            return None
+
+    def publish(self, grant: Grant) -> memoryview | None:
+        """Return a view of what `reserve` lent, which has the lease from now on; None if none."""
+        try:
+            return self.views.claim(grant)
+        except LedgerError:  # the pool was left
+            return None
 
     def receive(
         self, connection: int, numbers: Sequence[int], timeout_s: float | None = None
