@@ -27,8 +27,8 @@ def stats(client: Any = None) -> Any:
         ``referenced`` there without a copy, ``pieces``, ``file``: to another kernel, ``inline``)
         and ``received`` (``viewed``, ``copied`` out, ``file``, ``inline``); ``connections`` by
         mode (``shared``: through the pool, ``file``: by the exchange folder, ``tcp``);
-        ``exchange`` (what the probe found, by kernel); ``fallbacks`` (cause to frames); ``pool`` (its path, id,
-        sizes in bytes and counts of rows; None where this process has not joined one);
+        ``exchange`` (what the probe found, by kernel); ``fallbacks`` (cause to frames); ``pool``
+        (its path, id, sizes in bytes and counts of rows; None where it has not joined one);
         ``device`` (of a process with a GPU, else None: what it is, ``pinned_bytes`` of the pool,
         and bytes copied ``to_device`` and ``from_device``, each ``pinned``: by DMA where they lie
         in the pool, ``staged``: by way of a pinned buffer, ``pageable``: handed to tasks as NumPy

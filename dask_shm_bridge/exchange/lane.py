@@ -421,7 +421,8 @@ def own(settings: ExchangeSettings) -> Lane | None:
             except (OSError, PoolError, RuntimeError, ImportError) as error:
                 _refused[path] = time.monotonic() + _RETRY_S
                 counters.explain(
-                    "exchange", f"no files are exchanged in {path} ({error}): everything goes by TCP"
+                    "exchange",
+                    f"no files are exchanged in {path} ({error}): everything goes by TCP",
                 )
                 return None
             _refused.pop(path, None)

@@ -92,9 +92,7 @@ def mode(settings: ExchangeSettings, kernel: str) -> str:
 
 def failed(settings: ExchangeSettings, kernel: str, why: str) -> None:
     """Trust no file for a while: one was not right."""
-    _verdicts[str(settings.path), kernel] = Verdict(
-        "tcp", why, until=time.monotonic() + _RETRY_S
-    )
+    _verdicts[str(settings.path), kernel] = Verdict("tcp", why, until=time.monotonic() + _RETRY_S)
 
 
 async def by_file(stream: FarStream) -> bool:
@@ -150,7 +148,7 @@ async def _probe(stream: FarStream, offset: int) -> Verdict:
                 "the peer does not see the same folder"
                 if not attempt
                 else "the peer did not see what was written anew",
-                until=time.monotonic() + (_KEEP_S if not attempt else _RETRY_S),
+                until=time.monotonic() + _RETRY_S,
             )
         looks.append(seen)
     coherent = None if None in looks[1:] else all(looks[1:])
@@ -174,9 +172,7 @@ async def _probe(stream: FarStream, offset: int) -> Verdict:
 async def _try(stream: FarStream, offset: int, source: Any, look: int) -> tuple[bool, Any]:
     """Have the peer read what we write; `look`: 1 in a mapping too, 2 and unmap it, 0 not."""
     found = await stream.run(stream.lane.put, offset, source)
-    right, seen = await stream.ask(
-        "try", offset, source.nbytes, found, look, seconds=_ANSWER_S
-    )
+    right, seen = await stream.ask("try", offset, source.nbytes, found, look, seconds=_ANSWER_S)
     return right is True, seen
 
 

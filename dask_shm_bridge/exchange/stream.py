@@ -174,6 +174,8 @@ class FarStream:
     async def send(self, frames: list[Any], sizes: list[int], large: list[int]) -> None:
         """Send a message, its large frames by file if that is right and pays."""
         if not large or not await probe.by_file(self):
+            if large:
+                counters.fallback("no-common-pool", len(large))
             self._comm._send(frames)
             return
         sources = [_contiguous(frames[index]) for index in large]
@@ -258,7 +260,7 @@ class FarStream:
             task.result()
 
     def _reading(self) -> asyncio.Task[None]:
-        """Return the task that reads the next item; nobody cancels it, as that breaks the stream."""
+        """Return the task that reads the next item; cancelling it would break the stream."""
         if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._advance())
             self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -402,6 +404,7 @@ class FarStream:
         return await self.run(self._far.get, target, nbytes, offset, found)
 
     async def run(self, job: Callable[..., T], *args: Any) -> T:
+        """Run a job on the threads of the lane."""
         return await asyncio.wrap_future(self.lane.submit(job, *args))
 
     # ------------------------------------------------------------------------------- probing

@@ -67,7 +67,7 @@ class Target:
 
 
 class Look:
-    """A mapping of a peer's lane, for the probe: does it show what the peer writes afterwards?"""
+    """A mapping of a peer's lane, by which the probe sees whether two kernels share memory."""
 
     def __init__(self, path: str, nbytes: int) -> None:
         with open(path, "rb") as file:
@@ -76,4 +76,4 @@ class Look:
 
     def shows(self, offset: int, nbytes: int, found: Any) -> bool:
         """Say whether it shows bytes with this checksum."""
-        return checksum(self._mapped[offset : offset + nbytes]) == found
+        return bool(checksum(self._mapped[offset : offset + nbytes]) == found)
