@@ -471,7 +471,9 @@ class ShmTCP(TCP):
         counters.count("received", "inline", total, len(frames))
         if not length & _FLAG:
             return frames, []
-        manifest: list[Any] = msgpack.unpackb(frames.pop(0), use_list=True)
+        manifest = msgpack.unpackb(frames.pop(0), use_list=True)
+        if not isinstance(manifest, list):
+            raise ValueError(f"a message with {manifest!r:.100} for a manifest")
         return frames, manifest
 
     async def _resolve(self, stream: IOStream, frames: list[Any], manifest: list[Any]) -> None:

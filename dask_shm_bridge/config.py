@@ -266,7 +266,7 @@ class ExchangeSettings:
 
 
 def _exchange_path() -> str | None:
-    """Return the exchange folder: its own key, or the pool's where that lies between two kernels."""
+    """Return the exchange folder: its own key's, or the pool's that lies between two kernels."""
     path = get("exchange.path")
     if path is False:
         return None
