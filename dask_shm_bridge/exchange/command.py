@@ -1,4 +1,4 @@
-"""``dask shm probe``: may this process and a server share memory, or files, and how fast is it?"""
+"""The command ``dask shm probe``: how arrays travel between this process and a server."""
 
 from __future__ import annotations
 
