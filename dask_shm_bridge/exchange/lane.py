@@ -348,7 +348,7 @@ def _prepare(settings: ExchangeSettings) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     if not settings.foreign:  # elsewhere owner and mode are what the mount says
-        os.close(mapping.open_directory(path))  # which refuses what others may enter
+        mapping.Directory(path).close()  # which refuses what others may enter
     ours = f"lane-{kernel()}-"
     for base in {name.removesuffix(".lock") for name in os.listdir(path)}:
         if NAME.fullmatch(base) and base.startswith(ours):

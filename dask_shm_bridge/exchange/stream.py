@@ -44,9 +44,9 @@ from dask_shm_bridge import counters, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.exchange import probe
-from dask_shm_bridge.exchange.lane import TOKEN_BYTES, FarLane, Lane, kernel
-from dask_shm_bridge.exchange.target import Look, Target
-from dask_shm_bridge.mapping.direct import ALIGNMENT, aligned
+from dask_shm_bridge.exchange.lane import TOKEN_BYTES, FarLane, Lane, checksum, kernel
+from dask_shm_bridge.exchange.target import Target
+from dask_shm_bridge.mapping.direct import ALIGNMENT, Look, aligned
 
 if TYPE_CHECKING:
     from dask_shm_bridge.comm import ShmTCP
@@ -465,8 +465,7 @@ class FarStream:
             assert self._far is not None
             self._looked = Look(self._far.path, offset + nbytes)
             return None
-        seen: bool = self._looked.shows(offset, nbytes, found)
-        return seen
+        return bool(checksum(self._looked.at(offset, nbytes)) == found)
 
     async def _tell(self, number: int) -> None:
         with suppress(StreamClosedError, OSError, ReferenceError):

@@ -1,14 +1,12 @@
-"""Where bytes from another kernel go on this side, and how they look in a mapping."""
+"""Where bytes from another kernel go on this side."""
 
 from __future__ import annotations
 
-import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_bridge.exchange.lane import checksum
 from dask_shm_bridge.mapping.direct import aligned
 
 if TYPE_CHECKING:
@@ -64,16 +62,3 @@ class Target:
         if grant is not None:
             assert self._pool is not None
             self._pool.events.put(("lease", (grant.extent, grant.lease)))
-
-
-class Look:
-    """A mapping of a peer's lane, by which the probe sees whether two kernels share memory."""
-
-    def __init__(self, path: str, nbytes: int) -> None:
-        with open(path, "rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
-        self._touched = sum(self._mapped[:: mmap.PAGESIZE])
-
-    def shows(self, offset: int, nbytes: int, found: Any) -> bool:
-        """Say whether it shows bytes with this checksum."""
-        return bool(checksum(self._mapped[offset : offset + nbytes]) == found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import stat
 import threading
@@ -116,3 +117,16 @@ class DirectFile:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             self.close()
+
+
+class Look:
+    """A mapping of a file that another process writes, by which to see whether memory is shared."""
+
+    def __init__(self, path: str, nbytes: int) -> None:
+        with open(path, "rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
+        self._touched = sum(self._mapped[:: mmap.PAGESIZE])  # its pages are there from now on
+
+    def at(self, offset: int, nbytes: int) -> bytes:
+        """Return what it shows now."""
+        return self._mapped[offset : offset + nbytes]
