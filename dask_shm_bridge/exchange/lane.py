@@ -355,6 +355,26 @@ def _prepare(settings: ExchangeSettings) -> None:
             _sweep(os.path.join(path, base))
 
 
+def clean(settings: ExchangeSettings, age_s: float) -> list[str]:
+    """Remove lanes of dead processes, and of other kernels if they are old; return their names.
+
+    A kernel can't tell whether a process of another one lives; one that writes is not old.
+    """
+    path = str(settings.path)
+    there = {name.removesuffix(".lock") for name in os.listdir(path)}
+    lanes = {base for base in there if NAME.fullmatch(base)}
+    _prepare(settings)
+    for base in sorted(lanes):
+        file = os.path.join(path, base)
+        with contextlib.suppress(OSError):
+            old = time.time() - os.stat(file, follow_symlinks=False).st_mtime >= age_s
+            if old and not base.startswith(f"lane-{kernel()}-"):
+                for each in (file, file + ".lock"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(each)
+    return sorted(base for base in lanes if not os.path.lexists(os.path.join(path, base)))
+
+
 _own_locks: set[str] = set()  # a process loses a POSIX lock by closing any descriptor of its file
 
 
