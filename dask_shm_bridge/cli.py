@@ -47,3 +47,12 @@ def sweep(arguments: tuple[str, ...]) -> None:
     from dask_shm_bridge.recovery.command import main
 
     raise SystemExit(main("sweep", list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def doctor(arguments: tuple[str, ...]) -> None:
+    """Check this machine and a cluster, and say what to change (--help for options)."""
+    from dask_shm_bridge.doctor.command import main
+
+    raise SystemExit(main(list(arguments)))
