@@ -94,45 +94,47 @@ def look(address: str, timeout_s: float) -> dict[str, Peer]:
 
 async def _look(address: str, timeout_s: float) -> dict[str, Peer]:
     from distributed import Client
+
+    client = Client(address, asynchronous=True, set_as_default=False, timeout=timeout_s)
+    try:
+        await client
+        return await _asked(client, timeout_s)
+    finally:  # not `async with`, which leaves a client open that could not connect
+        await client.close()
+
+
+async def _asked(client: Any, timeout_s: float) -> dict[str, Peer]:
     from distributed.versions import get_versions
 
-    async with Client(
-        address, asynchronous=True, set_as_default=False, timeout=timeout_s
-    ) as client:
-
-        async def ask(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-            """Return the answers of all; who can't answer is not there."""
-            found: dict[str, Any] = await asyncio.wait_for(
-                client.run(function, *args, on_error="ignore"), timeout_s
+    async def ask(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """Return the answers of all; who can't answer is not there."""
+        found: dict[str, Any] = await asyncio.wait_for(
+            client.run(function, *args, on_error="ignore"), timeout_s
+        )
+        try:
+            found[SCHEDULER] = await asyncio.wait_for(
+                client.run_on_scheduler(function, *args), timeout_s
             )
-            try:
-                found[SCHEDULER] = await asyncio.wait_for(
-                    client.run_on_scheduler(function, *args), timeout_s
-                )
-            except (TimeoutError, OSError):
-                raise
-            except Exception:  # of the function, over there
-                pass
+        except OSError:  # also of a timeout
+            raise
+        except Exception:  # of the function, over there
             return found
+        return found
 
-        said = await ask(get_versions, [PACKAGE])
-        boots = await ask(linecache.getline, _BOOT_ID, 1)
-        paths = await ask(dask.config.get, "shm-bridge.exchange.path", None)
-        lanes: dict[str, frozenset[str]] = {}
-        for path in {one for one in paths.values() if isinstance(one, str)}:
-            listed = await ask(glob.glob, f"{glob.escape(path.rstrip('/'))}/lane-*")
-            for name, files in listed.items():
-                if paths.get(name) == path:
-                    lanes[name] = frozenset(
-                        file.replace("\\", "/").split("/")[-1] for file in files
-                    )
-        pools = await _pools(client, timeout_s)
-        own = get_versions([PACKAGE])
-    names = [SCHEDULER, *sorted(name for name in said if name != SCHEDULER)]
+    said = await ask(get_versions, [PACKAGE])
+    boots = await ask(linecache.getline, _BOOT_ID, 1)
+    paths = await ask(dask.config.get, "shm-bridge.exchange.path", None)
+    lanes: dict[str, frozenset[str]] = {}
+    for path in {one for one in paths.values() if isinstance(one, str)}:
+        for name, files in (await ask(glob.glob, f"{glob.escape(path)}/lane-*")).items():
+            if paths.get(name) == path:
+                lanes[name] = frozenset(file.replace("\\", "/").split("/")[-1] for file in files)
+    pools = await _pools(client, timeout_s)
+    own = get_versions([PACKAGE])
     peers = {
         CLIENT: Peer(_versions(own), own["host"]["OS"], linecache.getline(_BOOT_ID, 1) or None)
     }
-    for name in names:
+    for name in (SCHEDULER, *sorted(name for name in said if name != SCHEDULER)):
         info = said.get(name)
         peers[name] = Peer(
             versions=_versions(info) if info else {},
@@ -145,12 +147,6 @@ async def _look(address: str, timeout_s: float) -> dict[str, Peer]:
     return peers
 
 
-def _versions(info: Mapping[str, Any]) -> dict[str, str | None]:
-    found = dict(info["packages"])
-    found["python"] = ".".join(str(info["host"]["python"]).split(".")[:2])
-    return found
-
-
 async def _pools(client: Any, timeout_s: float) -> dict[str, str]:
     from dask_shm_bridge import stats
 
@@ -159,6 +155,12 @@ async def _pools(client: Any, timeout_s: float) -> dict[str, str]:
     return {
         name: one["pool"]["id"] for name, one in found.items() if one is not None and one["pool"]
     }
+
+
+def _versions(info: Mapping[str, Any]) -> dict[str, str | None]:
+    found = dict(info["packages"])
+    found["python"] = ".".join(str(info["host"]["python"]).split(".")[:2])
+    return found
 
 
 def versions(peers: Mapping[str, Peer]) -> Iterator[Result]:

@@ -29,7 +29,7 @@ def pool_in_use(machine: Machine) -> Iterator[Result]:
         yield Result("pool", "n/a", str(error))
         return
     except (BridgeError, OSError) as error:
-        yield Result("pool", "fail", str(error))
+        yield Result("pool", "fail", str(error), "dask shm check looks at it once more")
         return
     found = seen.all_findings()
     if found:
