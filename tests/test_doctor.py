@@ -674,6 +674,7 @@ def test_a_cluster_without_this_package(tmp_path: Path) -> None:
     (hidden / "dask_shm_bridge" / "__init__.py").write_text("raise ImportError('not here')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(hidden))
+        patch.chdir(tmp_path)  # which `python -m` looks in first
         options = {"dashboard_address": ":0", "scheduler_file": str(tmp_path / "scheduler")}
         with SubprocessCluster(
             n_workers=1,
