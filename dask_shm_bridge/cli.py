@@ -56,3 +56,12 @@ def doctor(arguments: tuple[str, ...]) -> None:
     from dask_shm_bridge.doctor.command import main
 
     raise SystemExit(main(list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def probe(arguments: tuple[str, ...]) -> None:
+    """Show whether this process and a server may share memory, and how fast (--help)."""
+    from dask_shm_bridge.exchange.command import main
+
+    raise SystemExit(main(list(arguments)))

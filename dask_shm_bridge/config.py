@@ -16,8 +16,10 @@ from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.layout import (
     DEFAULT_SIZE_BYTES,
     DEFAULT_SLOT_BYTES,
+    GRAIN_BYTES,
     REGION_NAMES,
     Layout,
+    grains,
 )
 
 _MOST_SECONDS = 10.0 * 365 * 86400  # what threads can wait for is limited
@@ -184,7 +186,9 @@ class Settings:
         elif not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
             raise PoolError(f"shm-bridge.pool.path: {path!r} is no folder's name")
         else:
-            path = os.path.abspath(os.path.expanduser(str(path)))
+            path = _absolute(path)
+            if _foreign(path):  # it is the exchange folder: see ExchangeSettings
+                path = mapping.default_pool_path()
         hold = get("hold-limit")
         if not isinstance(hold, (int, float)) or isinstance(hold, bool) or not 0 <= hold <= 1:
             raise PoolError(f"shm-bridge.hold-limit: {hold!r} is not a share between 0 and 1")
@@ -201,6 +205,94 @@ class Settings:
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),
         )
+
+
+EXCHANGE_MODES = ("auto", "file", "tcp")
+
+
+@dataclass(frozen=True)
+class ExchangeSettings:
+    """What a process needs to know to exchange files with another kernel.
+
+    Parameters
+    ----------
+    path : str or None
+        The exchange folder, by its name on this side; None where nothing is exchanged.
+    foreign : bool
+        Whether its file system belongs to another kernel.
+    mode : {"auto", "file", "tcp"}
+        Whether a probe decides, or what was decided by hand.
+    size_bytes : int
+        Most that the lane of this process may take.
+    piece_bytes : int
+        Largest piece of a frame.
+    linger_s : float
+        Seconds that an unused lane stays.
+    """
+
+    path: str | None
+    foreign: bool
+    mode: str
+    size_bytes: int
+    piece_bytes: int
+    linger_s: float
+
+    @classmethod
+    def from_config(cls) -> ExchangeSettings:
+        """Read Dask's configuration.
+
+        Raises
+        ------
+        PoolError
+            If a value can't be used; the message names its key.
+        """
+        mode = get("exchange.mode")
+        if mode not in EXCHANGE_MODES:
+            raise PoolError(f"shm-bridge.exchange.mode: {mode!r} is not in {EXCHANGE_MODES}")
+        size, piece = nbytes("exchange.size"), nbytes("exchange.piece")
+        if size is None or size < 2 * GRAIN_BYTES:
+            raise PoolError(f"shm-bridge.exchange.size: {size!r} is not a size of 128 KiB or more")
+        if piece is None or piece < GRAIN_BYTES:
+            raise PoolError(f"shm-bridge.exchange.piece: {piece!r} is not a size of 64 KiB or more")
+        path = _exchange_path()
+        return cls(
+            path=path,
+            foreign=path is not None and _foreign(path),
+            mode=mode,
+            size_bytes=size,
+            piece_bytes=grains(min(piece, size - GRAIN_BYTES)),
+            linger_s=_seconds("pool.linger"),
+        )
+
+
+def _exchange_path() -> str | None:
+    """Return the exchange folder: its own key's, or the pool's that lies between two kernels."""
+    path = get("exchange.path")
+    if path is False:
+        return None
+    if path is None or path is True:
+        path = get("pool.path")
+        if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+            return None
+        from dask_shm_bridge import mapping
+
+        path = _absolute(path)
+        return path if mapping.WINDOWS or _foreign(path) else None
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+        raise PoolError(f"shm-bridge.exchange.path: {path!r} is no folder's name")
+    return _absolute(path)
+
+
+def _absolute(path: Any) -> str:
+    return os.path.abspath(os.path.expanduser(str(path)))
+
+
+@cache
+def _foreign(path: str) -> bool:
+    """Say whether a path lies on a file system of another kernel; looked up once a process."""
+    from dask_shm_bridge import location
+
+    return location.foreign(path)
 
 
 NO_GPU_MODES = ("wait", "cpu", "error")

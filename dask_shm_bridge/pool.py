@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from dask_shm_bridge import counters, folder, mapping
 from dask_shm_bridge.config import Settings
@@ -33,7 +35,7 @@ from dask_shm_bridge.errors import (
     PoolError,
 )
 from dask_shm_bridge.keeper import Keeper
-from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES
+from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES, grains
 from dask_shm_bridge.ledger import Grant, Part
 from dask_shm_bridge.shipment import Frame, Received, Shipment
 from dask_shm_bridge.views import Views
@@ -289,6 +291,38 @@ class Pool:
             self.events.put(("trim", None))
         return view
 
+    def reserve(self, nbytes: int) -> tuple[Grant, npt.NDArray[np.uint8]] | None:
+        """Lend this process an extent to fill; return it and its memory, in whole grains.
+
+        None where there is no room. `publish` makes a view of it; else its lease is to be given
+        back.
+        """
+        grant = None
+        if self.views.leased_bytes + nbytes > self.settings.hold_limit * self.layout.size_bytes:
+            self.events.put(("trim", None))
+            return None
+        try:
+            self._check_open()
+            (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+            if grant is None:
+                self.events.put(("sweep", None))
+                return None
+            self._commit(grant)
+            self._touch(grant)
+            start = HEADER_BYTES + grant.offset
+            return grant, self.views.shared.array[start : start + grains(nbytes)]
+        except (LedgerError, OSError):
+            if grant is not None:
+                self.events.put(("lease", (grant.extent, grant.lease)))
+            return None
+
+    def publish(self, grant: Grant) -> memoryview | None:
+        """Return a view of what `reserve` lent, which has the lease from now on; None if none."""
+        try:
+            return self.views.claim(grant)
+        except LedgerError:  # the pool was left
+            return None
+
     def receive(
         self, connection: int, numbers: Sequence[int], timeout_s: float | None = None
     ) -> Received:
@@ -404,11 +438,15 @@ class Pool:
     def commit(self, offset: int, nbytes: int) -> None:
         """Back a range of the pool with pages: an error here, never SIGBUS later.
 
+        What is there stays.
+
         Raises
         ------
         OSError
-            ENOSPC where the file system is full.
+            ENOSPC where the file system is full; on Windows always, as it can't do that.
         """
+        if not mapping.commit_keeps:
+            raise OSError(errno.EOPNOTSUPP, "no pages without overwriting on this platform")
         mapping.commit(self.attachment.pool_fd, HEADER_BYTES + offset, nbytes)
 
     def _commit(self, grant: Grant) -> None:
@@ -416,7 +454,9 @@ class Pool:
         first = grant.offset // GRAIN_BYTES
         last = -(-(grant.offset + grant.nbytes) // GRAIN_BYTES)
         if 0 in self._committed[first:last]:
-            self.commit(first * GRAIN_BYTES, (last - first) * GRAIN_BYTES)
+            start = HEADER_BYTES + first * GRAIN_BYTES
+            nbytes = (last - first) * GRAIN_BYTES
+            mapping.commit(self.attachment.pool_fd, start, nbytes)
             self._committed[first:last] = b"\1" * (last - first)
 
     def sweep(self) -> int:

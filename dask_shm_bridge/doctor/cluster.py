@@ -123,11 +123,15 @@ async def _asked(client: Any, timeout_s: float) -> dict[str, Peer]:
 
     said = await ask(get_versions, [PACKAGE])
     boots = await ask(linecache.getline, _BOOT_ID, 1)
-    paths = await ask(dask.config.get, "shm-bridge.exchange.path", None)
+    paths: dict[str, str] = {}
     lanes: dict[str, frozenset[str]] = {}
-    for path in {one for one in paths.values() if isinstance(one, str)}:
-        for name, files in (await ask(glob.glob, f"{glob.escape(path)}/lane-*")).items():
-            if paths.get(name) == path:
+    for key in ("exchange.path", "pool.path"):  # which one may stand for the other
+        named = await ask(dask.config.get, f"shm-bridge.{key}", None)
+        for path in {one for one in named.values() if isinstance(one, str)}:
+            for name, files in (await ask(glob.glob, f"{glob.escape(path)}/lane-*")).items():
+                if named.get(name) != path or name in paths or not (files or key[0] == "e"):
+                    continue
+                paths[name] = path
                 lanes[name] = frozenset(file.replace("\\", "/").split("/")[-1] for file in files)
     pools = await _pools(client, timeout_s)
     own = get_versions([PACKAGE])
@@ -141,7 +145,7 @@ async def _asked(client: Any, timeout_s: float) -> dict[str, Peer]:
             system=info["host"]["OS"] if info else "",
             kernel=boots.get(name) or None,
             pool=pools.get(name),
-            exchange=paths.get(name) if isinstance(paths.get(name), str) else None,
+            exchange=paths.get(name),
             lanes=lanes.get(name),
         )
     return peers
@@ -287,8 +291,8 @@ def addresses(workers: list[str]) -> Iterator[Result]:
             "warn",
             f"can't be reached from here: {', '.join(refused)}",
             "needed for direct transfers only (scatter and gather with direct=True); give these "
-            "workers an address that this side can reach: --host, or --contact-address tcp://HOST:"
-            "PORT, which with mirrored networking is 127.0.0.1",
+            "workers an address that this side can reach: --host, or --listen-address and "
+            "--contact-address; with mirrored networking it is 127.0.0.1",
         )
     elif workers:
         yield Result("workers", "ok", "their addresses can be reached from here")

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import click
-import dask.config
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dask_shm_bridge.config import Settings
+from dask_shm_bridge.config import ExchangeSettings, Settings
 from dask_shm_bridge.doctor import cluster, gpu, network, places, software, space
 from dask_shm_bridge.doctor.machine import Machine
 from dask_shm_bridge.doctor.result import Result, State, worst
@@ -57,16 +56,17 @@ def examine(scheduler: str | None = None, timeout_s: float = 10.0) -> Iterator[R
     timeout_s : float
         How long to wait for each of its answers, in seconds.
     """
-    settings = None
+    settings, folder = None, None
     try:
         settings = Settings.from_config()
+        folder = ExchangeSettings.from_config().path
     except PoolError as error:
         yield Result(
             "configuration", "fail", str(error), "correct it (dask config find shm-bridge)"
         )
     else:
         yield Result("configuration", "ok", "it can be used")
-    machine = Machine.this(settings, dask.config.get("shm-bridge.exchange.path", default=None))
+    machine = Machine.this(settings, folder)
     for name, check in CHECKS.items():
         yield from guarded(name, partial(check, machine))
     if scheduler is not None:

@@ -31,8 +31,8 @@ class Machine:
         What WSL it is.
     settings : Settings or None
         The configuration; None where it can't be used.
-    exchange : object
-        ``shm-bridge.exchange.path`` as it is configured.
+    exchange : str or None
+        The folder for file mode; None where there is none.
     python : tuple of int
         Python's version.
     version, requirements : callable
@@ -52,7 +52,7 @@ class Machine:
     system: System
     wsl: Wsl | None
     settings: Settings | None
-    exchange: object
+    exchange: str | None
     python: tuple[int, ...]
     version: Callable[[str], str | None]
     requirements: Callable[[str], Sequence[str]]
@@ -63,7 +63,7 @@ class Machine:
     addresses: Callable[[str], Sequence[str]]
 
     @classmethod
-    def this(cls, settings: Settings | None, exchange: object) -> Machine:
+    def this(cls, settings: Settings | None, exchange: str | None) -> Machine:
         """Return this machine."""
         system = System.this()
         user: Callable[[], int] | None = getattr(os, "geteuid", None)

@@ -20,8 +20,9 @@ NAT = (
 )
 MIRRORED = (
     "use 127.0.0.1 in both directions. Workers have to be reached from the other side as well: "
-    "start them with --host 127.0.0.1, or --contact-address tcp://127.0.0.1:PORT; other addresses "
-    "of this machine work only with hostAddressLoopback=true in .wslconfig"
+    "start them with --host 127.0.0.1, or with --listen-address and --contact-address "
+    "tcp://127.0.0.1:PORT; other addresses of this machine work only with hostAddressLoopback=true "
+    "in .wslconfig"
 )
 
 
