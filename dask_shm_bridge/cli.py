@@ -51,6 +51,15 @@ def sweep(arguments: tuple[str, ...]) -> None:
 
 @shm.command(context_settings=_FORWARD)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def doctor(arguments: tuple[str, ...]) -> None:
+    """Check this machine and a cluster, and say what to change (--help for options)."""
+    from dask_shm_bridge.doctor.command import main
+
+    raise SystemExit(main(list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def probe(arguments: tuple[str, ...]) -> None:
     """Show whether this process and a server may share memory, and how fast (--help)."""
     from dask_shm_bridge.exchange.command import main
