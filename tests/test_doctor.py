@@ -363,10 +363,10 @@ def test_exchange_folder(
 def test_the_pool_that_is_there(child: Any, pool_folder: Path) -> None:
     other = child(
         """
-        from dask_shm_bridge import pool
-        say(pool.attach().id)
+        from dask_shm_bridge import store
+        say(store.attach().id)
         hear()
-        pool.detach_all()
+        store.detach_all()
         """
     )
     stray = pool_folder / f"pool-{other.hear()}" / "stray"

@@ -62,7 +62,7 @@ def test_a_pool_that_this_process_has_joined(filled: Any) -> None:
     (member,) = seen.members
     assert (member.pid, member.role, member.held_bytes) == (os.getpid(), "client", 5 * MiB)
     # our lock is still ours: another process sees this one alive
-    code = "from dask_shm_bridge import pool; print(pool.attach().usage()['members'])"
+    code = "from dask_shm_bridge import store; print(store.attach().usage()['members'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "2", done.stderr
 
@@ -214,7 +214,7 @@ def test_nothing_to_clean(pool_folder: Path) -> None:
 
 
 def test_a_pool_of_the_dead_is_removed(pool_folder: Path) -> None:
-    code = "import os; from dask_shm_bridge import pool; pool.attach(); os._exit(0)"
+    code = "import os; from dask_shm_bridge import store; store.attach(); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     (left,) = pool_folder.glob("pool-*")
     done = run("clean")
@@ -267,3 +267,10 @@ def test_a_folder_of_others_is_refused(pool_folder: Path) -> None:
         look()
     assert run("status").exit_code == command.FAILED
     pool_folder.rmdir()
+
+
+def test_it_is_a_function_of_the_package(filled: Any) -> None:
+    import dask_shm_bridge
+
+    assert dask_shm_bridge.pool().id == filled.id
+    assert dask_shm_bridge.pool(str(filled.path)).used_bytes == 5 * MiB

@@ -11,7 +11,7 @@ from dask_shm_bridge.mapping.direct import aligned
 
 if TYPE_CHECKING:
     from dask_shm_bridge.ledger import Grant
-    from dask_shm_bridge.pool import Pool
+    from dask_shm_bridge.store import Pool
 
 
 class Target:
