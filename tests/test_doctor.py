@@ -267,6 +267,7 @@ def test_limits_of_control_groups(
     files: dict[str, str], limit: int | None, machine: Callable[..., Machine]
 ) -> None:
     assert space.cgroup_limit(machine(system({**LINUX, **files}))) == limit
+    assert space.cgroup_limit(machine(system({**LINUX, **files}, kind="windows"))) is None
 
 
 def test_memory(machine: Callable[..., Machine]) -> None:
@@ -303,6 +304,8 @@ def test_overcommit(mode: str, left_kib: int, state: str, machine: Callable[...,
     meminfo = f"MemTotal: 1 kB\nCommitLimit: {left_kib + 5} kB\nCommitted_AS: 5 kB\nHugePages: 0\n"
     files = {**LINUX, "/proc/sys/vm/overcommit_memory": mode + "\n", "/proc/meminfo": meminfo}
     assert one(space.overcommit(machine(system(files)))).state == state
+    # Wine shows a /proc to Windows programs.
+    assert one(space.overcommit(machine(system(files, kind="windows")))).state == "n/a"
 
 
 LOGIND = {**LINUX, "/run/systemd/seats": ""}

@@ -476,6 +476,7 @@ def test_virtiofs_and_wsl1_are_drives_as_well() -> None:
 def test_the_folder_of_drives(text: str, root: str) -> None:
     system = linux(NATIVE, **{"/etc/wsl.conf": text})
     assert wsl.automount_root(system) == root
+    assert wsl.automount_root(machine({"/etc/wsl.conf": text}, kind="windows")) == "/mnt"
     path = translate("D:\\x", to="linux", system=system)
     assert path == posixpath.join(root, "d", "x")
     assert translate(path, to="windows", system=system) == "D:\\x"
