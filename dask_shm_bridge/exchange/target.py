@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dask_shm_bridge.exchange.lane import checksum
-from dask_shm_bridge.mapping.direct import aligned
+from dask_shm_bridge.mapping.direct import aligned, opened
 
 if TYPE_CHECKING:
+    from dask_shm_bridge.exchange.lane import FarLane
     from dask_shm_bridge.ledger import Grant
     from dask_shm_bridge.pool import Pool
 
@@ -48,6 +50,13 @@ class Target:
         else:
             self._grant, self.bytes = reserved
 
+    def read(self, far: FarLane, start: int, nbytes: int, offset: int, expected: bytes) -> bool:
+        """Fill a part from a peer's lane; say whether it is right.
+
+        A method of this object, so that its memory is not given back while a thread writes there.
+        """
+        return far.get(self.bytes[start:], nbytes, offset, expected)
+
     def finish(self) -> memoryview:
         """Return the frame, writeable and of its own."""
         if self._grant is None:
@@ -63,17 +72,36 @@ class Target:
         grant = getattr(self, "_grant", None)
         if grant is not None:
             assert self._pool is not None
-            self._pool.events.put(("lease", (grant.extent, grant.lease)))
+            self._pool.cede(grant)
 
 
 class Look:
-    """A mapping of a peer's lane, by which the probe sees whether two kernels share memory."""
+    """A mapping of a part of a peer's lane: by it the probe sees whether two kernels share memory.
 
-    def __init__(self, path: str, nbytes: int) -> None:
-        with open(path, "rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
+    Parameters
+    ----------
+    path : str
+        The lane.
+    offset, nbytes : int
+        Which part; at a whole number of grains.
+
+    Raises
+    ------
+    OSError
+        If it can't be mapped.
+    """
+
+    def __init__(self, path: str, offset: int, nbytes: int) -> None:
+        self.offset, self.nbytes = offset, nbytes
+        fd = opened(path)
+        try:
+            self._mapped = mmap.mmap(fd, max(1, nbytes), access=mmap.ACCESS_READ, offset=offset)
+        except (ValueError, OverflowError) as error:  # the file is shorter
+            raise OSError(f"{path} can't be mapped: {error}") from None
+        finally:
+            os.close(fd)
         self._touched = sum(self._mapped[:: mmap.PAGESIZE])
 
-    def shows(self, offset: int, nbytes: int, found: Any) -> bool:
+    def shows(self, found: Any) -> bool:
         """Say whether it shows bytes with this checksum."""
-        return bool(checksum(self._mapped[offset : offset + nbytes]) == found)
+        return bool(checksum(self._mapped[: self.nbytes]) == found)
