@@ -18,6 +18,7 @@ Nothing in a message says where bytes lie: a number names a row in the ledger, o
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 import time
 import weakref
@@ -41,7 +42,7 @@ from distributed.protocol.pickle import HIGHEST_PROTOCOL
 from distributed.protocol.utils import unpack_frames
 from tornado.iostream import IOStream, StreamClosedError
 
-from dask_shm_bridge import config, counters, family, memory, pool, wire
+from dask_shm_bridge import config, counters, events, family, memory, pool, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import (
@@ -61,6 +62,8 @@ VERSION = 1
 # processes share, out-of-band buffers are what makes a transfer cheap.
 AGREED = {KEY: True, "pickle-protocol": HIGHEST_PROTOCOL, "compression": None}
 
+logger = logging.getLogger("dask_shm_bridge")
+
 T = TypeVar("T")
 
 _LENGTH = struct.Struct("<Q")
@@ -75,6 +78,16 @@ _PIECE_BYTES = 64 * 1024 * 1024
 _SMALLEST_PIECE_BYTES = 256 * 1024
 _PATIENCE_S = 1.0  # without progress of pieces, the rest goes inline
 _LARGE_BYTES = 1_000_000  # BatchedSend keeps messages below this
+
+
+_told: set[tuple[str, str, str]] = set()
+_CAUSES = {
+    "no-common-pool": "it has another pool, or none: another host, container, user or pool.path",
+    "off": "the pool is turned off here (shm-bridge.pool.path is false)",
+    "tls": "the connection is encrypted, and shm-bridge.tls is false",
+    "no-pool": "this process has no pool; the log says why",
+    "unsupported": "there is no pool on this platform",
+}
 
 
 class _Link:
@@ -133,7 +146,29 @@ class ShmTCP(TCP):
             options.update(AGREED)
         else:
             wire.meter(self.stream)
+        self._tell_mode()
         return options
+
+    def _tell_mode(self) -> None:
+        """Say how arrays travel on this connection, once for each host, way and cause."""
+        if self._link is not None:
+            mode, why = "shared", f"both have joined the pool in {self._link.pool.path}"
+        elif self._file is not None:
+            mode, why = (
+                "file",
+                "two kernels, and a folder to exchange files in, if a probe is for it",
+            )
+        elif KEY not in self.remote_info:
+            mode, why = "tcp", "the peer does not run dask-shm-bridge"
+        else:
+            mode, why = "tcp", _CAUSES.get(self._cause, self._cause)
+        peer = str(self.remote_info.get("address"))
+        told = peer.rpartition(":")[0], mode, why
+        if told in _told:
+            return
+        _told.add(told)
+        logger.info("large arrays to and from %s go by %s: %s", peer, mode, why)
+        events.publish("connection", peer=peer, mode=mode, why=why)
 
     def _agree(self, ours: Any, theirs: Any) -> bool:
         """Have a pool in common with the peer, or an exchange of files; False if neither."""

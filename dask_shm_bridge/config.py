@@ -274,8 +274,10 @@ def _exchange_path() -> str | None:
         path = get("pool.path")
         if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
             return None
+        from dask_shm_bridge import mapping
+
         path = _absolute(path)
-        return path if os.name == "nt" or _foreign(path) else None
+        return path if mapping.WINDOWS or _foreign(path) else None
     if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
         raise PoolError(f"shm-bridge.exchange.path: {path!r} is no folder's name")
     return _absolute(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -450,11 +451,15 @@ class Pool:
     def commit(self, offset: int, nbytes: int) -> None:
         """Back a range of the pool with pages: an error here, never SIGBUS later.
 
+        What is there stays.
+
         Raises
         ------
         OSError
-            ENOSPC where the file system is full.
+            ENOSPC where the file system is full; on Windows always, as it can't do that.
         """
+        if not mapping.commit_keeps:
+            raise OSError(errno.EOPNOTSUPP, "no pages without overwriting on this platform")
         mapping.commit(self.attachment.pool_fd, HEADER_BYTES + offset, nbytes)
 
     def _commit(self, grant: Grant) -> None:
@@ -462,7 +467,9 @@ class Pool:
         first = grant.offset // GRAIN_BYTES
         last = -(-(grant.offset + grant.nbytes) // GRAIN_BYTES)
         if 0 in self._committed[first:last]:
-            self.commit(first * GRAIN_BYTES, (last - first) * GRAIN_BYTES)
+            start = HEADER_BYTES + first * GRAIN_BYTES
+            nbytes = (last - first) * GRAIN_BYTES
+            mapping.commit(self.attachment.pool_fd, start, nbytes)
             self._committed[first:last] = b"\1" * (last - first)
 
     def sweep(self) -> int:

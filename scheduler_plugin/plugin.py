@@ -72,12 +72,13 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         PoolError
             If the configuration under ``shm-bridge.placement`` can't be used.
         """
-        from dask_shm_bridge import upgrade
+        from dask_shm_bridge import events, upgrade
 
         settings = PlacementSettings.from_config()
         devices.hide()
         upgrade.upgrade_scheduler(scheduler)
         self._scheduler = scheduler
+        events.attach(scheduler)
         old = scheduler.plugins.get(self.name)
         # A scheduler starts a plugin that its preload registered a second time: then it is this.
         if old is not self and isinstance(old, ShmSchedulerPlugin):

@@ -475,10 +475,11 @@ class Store:
     def __init__(self, layout):
         self.path = MEMORY / f"views-{os.getpid()}-{random.getrandbits(64):x}"
         self.path.mkdir(mode=0o700)
-        self.base = mapping.open_directory(str(self.path))
-        self.file = mapping.open_file("pool", dir_fd=self.base, exclusive=True)
-        os.ftruncate(self.file, layout.file_bytes)
-        self.lock = mapping.open_file("lock", dir_fd=self.base, exclusive=True)
+        self.base = mapping.Directory(str(self.path))
+        self.file = self.base.open_file("pool", exclusive=True)
+        mapping.extend(self.file, layout.file_bytes)
+        self.layout = layout
+        self.lock = self.base.open_file("lock", exclusive=True)
         Ledger.create(str(self.path), layout)
         self.ledger = Ledger(str(self.path), self.lock, layout)
         self.ledger.join(1, os.getpid(), "client")
@@ -531,8 +532,9 @@ class Store:
 
     def close(self):
         self.ledger.close()
-        for fd in (self.file, self.lock, self.base):
+        for fd in (self.file, self.lock):
             os.close(fd)
+        self.base.close()
         shutil.rmtree(self.path)
 
 
@@ -617,7 +619,7 @@ def test_neighbouring_extents_are_isolated(store):
     store.pump()
     for view, data in arrays:
         assert np.array_equal(view, data)
-    assert len(store.views._mappings) == 1  # what does not overlap needs no other
+    assert len(store.views._ranges) == 1  # what does not overlap needs no other
 
 
 # ------------------------------------------------------------------- warm and written pages
@@ -800,7 +802,7 @@ def test_part_is_none_for_what_is_not_one_leased_view(store):
     assert store.views.part(plain.ctypes.data, plain.nbytes) is None
     shared = store.views.bytes_of(grant)
     assert store.views.part(shared.ctypes.data, 8) is None
-    end = store.views._mappings[0].address + store.views._nbytes
+    end = view.ctypes.data + store.layout.size_bytes
     assert store.views.part(end - 8, 16) is None
     (claim, _) = store.views.oldest()
     store.detach(claim)

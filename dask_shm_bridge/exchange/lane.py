@@ -375,11 +375,29 @@ def _prepare(settings: ExchangeSettings) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     if not settings.foreign:  # elsewhere owner and mode are what the mount says
-        os.close(mapping.open_directory(path))  # which refuses what others may enter
+        mapping.Directory(path).close()  # which refuses what others may enter
     ours = f"lane-{kernel()}-"
     for base in {name.removesuffix(".lock") for name in os.listdir(path)}:
         if NAME.fullmatch(base):
-            (_sweep if base.startswith(ours) else _sweep_old)(os.path.join(path, base))
+            if base.startswith(ours):
+                _sweep(os.path.join(path, base))
+            else:
+                _sweep_old(os.path.join(path, base), _OLD_S)
+
+
+def clean(settings: ExchangeSettings, age_s: float) -> list[str]:
+    """Remove lanes of dead processes, and of other kernels if they are old; return their names.
+
+    A kernel can't tell whether a process of another one lives; one that writes is not old.
+    """
+    path = str(settings.path)
+    there = {name.removesuffix(".lock") for name in os.listdir(path)}
+    lanes = {base for base in there if NAME.fullmatch(base)}
+    _prepare(settings)
+    for base in lanes:
+        if not base.startswith(f"lane-{kernel()}-"):
+            _sweep_old(os.path.join(path, base), age_s)
+    return sorted(base for base in lanes if not os.path.lexists(os.path.join(path, base)))
 
 
 _own_locks: set[str] = set()  # a process loses a POSIX lock by closing any descriptor of its file
@@ -433,21 +451,19 @@ def _sweep(path: str) -> None:
         os.unlink(lock)
 
 
-def _sweep_old(path: str) -> None:
-    """Remove a lane of another kernel whose owner has not touched its lock file for long.
+def _sweep_old(path: str, age_s: float) -> None:
+    """Remove a lane of another kernel if its owner has not touched it or its lock for that long.
 
     Nothing tells whether that kernel still runs: this one's own earlier boots look the same.
     """
-    with contextlib.suppress(OSError):  # it has just gone
-        touched = max(os.stat(name).st_mtime for name in (path, path + ".lock") if _there(name))
-        if time.time() - touched > _OLD_S:
-            for name in (path, path + ".lock"):
-                with contextlib.suppress(OSError):
-                    os.unlink(name)
-
-
-def _there(path: str) -> bool:
-    return os.path.lexists(path)
+    touched = []
+    for name in (path, path + ".lock"):
+        with contextlib.suppress(OSError):
+            touched.append(os.stat(name, follow_symlinks=False).st_mtime)
+    if touched and time.time() - max(touched) >= age_s:
+        for name in (path, path + ".lock"):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 _lanes: dict[str, Lane] = {}

@@ -22,6 +22,7 @@ import numpy as np
 from distributed.comm.core import CommClosedError
 from tornado.iostream import StreamClosedError
 
+from dask_shm_bridge import events
 from dask_shm_bridge.layout import GRAIN_BYTES
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ async def by_file(stream: FarStream) -> bool:
     logger.info(
         "large frames for kernel %s go by %s: %s", stream.peer.kernel, verdict.mode, verdict.why
     )
+    events.publish("probe", kernel=stream.peer.kernel, **verdict.figures())
     return verdict.mode == "file"
 
 

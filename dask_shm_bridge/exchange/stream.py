@@ -46,9 +46,9 @@ from dask_shm_bridge import counters, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.exchange import probe
-from dask_shm_bridge.exchange.lane import NAME, TOKEN_BYTES, FarLane, Lane, kernel
-from dask_shm_bridge.exchange.target import Look, Target
-from dask_shm_bridge.mapping.direct import ALIGNMENT, aligned
+from dask_shm_bridge.exchange.lane import NAME, TOKEN_BYTES, FarLane, Lane, checksum, kernel
+from dask_shm_bridge.exchange.target import Target
+from dask_shm_bridge.mapping.direct import ALIGNMENT, Look, aligned
 
 if TYPE_CHECKING:
     from dask_shm_bridge.comm import ShmTCP
@@ -556,7 +556,7 @@ class FarStream:
         if looked is None or (looked.offset, looked.nbytes) != (offset, nbytes):
             self._looked = Look(far.path, offset, nbytes)
             return None
-        return looked.shows(found)
+        return bool(checksum(looked.bytes) == found)
 
     async def _tell(self, number: int) -> None:
         with suppress(OSError, ReferenceError):  # a peer that has gone needs no answer

@@ -1,16 +1,13 @@
-"""Where bytes from another kernel go on this side, and how they look in a mapping."""
+"""Where bytes from another kernel go on this side."""
 
 from __future__ import annotations
 
-import mmap
-import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_bridge.exchange.lane import checksum
-from dask_shm_bridge.mapping.direct import aligned, opened
+from dask_shm_bridge.mapping.direct import aligned
 
 if TYPE_CHECKING:
     from dask_shm_bridge.exchange.lane import FarLane
@@ -73,35 +70,3 @@ class Target:
         if grant is not None:
             assert self._pool is not None
             self._pool.cede(grant)
-
-
-class Look:
-    """A mapping of a part of a peer's lane: by it the probe sees whether two kernels share memory.
-
-    Parameters
-    ----------
-    path : str
-        The lane.
-    offset, nbytes : int
-        Which part; at a whole number of grains.
-
-    Raises
-    ------
-    OSError
-        If it can't be mapped.
-    """
-
-    def __init__(self, path: str, offset: int, nbytes: int) -> None:
-        self.offset, self.nbytes = offset, nbytes
-        fd = opened(path)
-        try:
-            self._mapped = mmap.mmap(fd, max(1, nbytes), access=mmap.ACCESS_READ, offset=offset)
-        except (ValueError, OverflowError) as error:  # the file is shorter
-            raise OSError(f"{path} can't be mapped: {error}") from None
-        finally:
-            os.close(fd)
-        self._touched = sum(self._mapped[:: mmap.PAGESIZE])
-
-    def shows(self, found: Any) -> bool:
-        """Say whether it shows bytes with this checksum."""
-        return bool(checksum(self._mapped[: self.nbytes]) == found)

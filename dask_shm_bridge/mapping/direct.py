@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import stat
 import threading
@@ -135,3 +136,38 @@ class DirectFile:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             self.close()
+
+
+class Look:
+    """A mapping of a part of a file, by which the probe sees whether two kernels share memory.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    offset, nbytes : int
+        Which part; at a multiple of what the platform can map.
+
+    Raises
+    ------
+    OSError
+        If it can't be mapped.
+    PoolUnsafeError
+        If it is a link or no regular file.
+    """
+
+    def __init__(self, path: str, offset: int, nbytes: int) -> None:
+        self.offset, self.nbytes = offset, nbytes
+        fd = opened(path)
+        try:
+            self._mapped = mmap.mmap(fd, max(1, nbytes), access=mmap.ACCESS_READ, offset=offset)
+        except (ValueError, OverflowError) as error:  # the file is shorter
+            raise OSError(f"{path} can't be mapped: {error}") from None
+        finally:
+            os.close(fd)
+        self._touched = sum(self._mapped[:: mmap.PAGESIZE])
+
+    @property
+    def bytes(self) -> bytes:
+        """What it shows now."""
+        return self._mapped[: self.nbytes]
