@@ -175,12 +175,12 @@ class ShmTCP(TCP):
         if self._agree_on_pool(ours, theirs):
             self._end_exchange()
             return True
-        self._end_connection()
         if self._file is not None and isinstance(theirs, dict):
-            peer = peer_of(theirs)
-            if peer is not None and theirs.get("version") == VERSION:
+            peer, version = peer_of(theirs), theirs.get("version")
+            if peer is not None and type(version) is int and version == VERSION:
                 self._file.meet(peer)
-                return True
+                return True  # the row stays: this side's pool is used by what arrives
+        self._end_connection()
         self._end_exchange()
         return False
 
@@ -213,7 +213,7 @@ class ShmTCP(TCP):
 
     def _end_exchange(self) -> None:
         if self._file is not None:
-            self._file.end()
+            self._file.close()
             self._file = None
 
     @property
@@ -577,20 +577,22 @@ class ShmTCP(TCP):
     def close(self) -> Any:
         """Close after what was written is flushed; what was not read is given back."""
         far = self._file
-        if far is not None and far.pending and not self.closed():
-            with suppress(RuntimeError):  # without a loop nobody can wait
-                return asyncio.ensure_future(self._close_far(far))
+        if far is not None and far.pending and not self.closed() and _looping():
+            return asyncio.ensure_future(self._close_far(far))
         future = super().close()  # it has begun, awaited or not
         self._end()
         return future
 
     async def _close_far(self, far: FarStream) -> None:
         """Close once the peer has read what lies in our lane."""
-        await far.drain()
-        if self._file is far:
-            self._file = None
-            far.end()
-        await self.close()
+        try:
+            await far.drain()
+        except BaseException:
+            self.abort()
+            raise
+        future = super().close()
+        self._end()
+        await future
 
     def _end(self) -> None:
         """Give back what this comm had in the pool and in the lane."""
@@ -598,7 +600,16 @@ class ShmTCP(TCP):
         self._end_exchange()
 
 
-async def _run(shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
+def _looping() -> bool:
+    """Say whether an event loop runs here, so that somebody can wait."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job on the pool's threads; if nobody waits for it any more, it undoes itself."""
     try:
         future = shared.submit(job, *args)
@@ -671,13 +682,26 @@ async def _join_exchange(comm: ShmTCP) -> None:
         settings = config.ExchangeSettings.from_config()
         if settings.path is None or settings.mode == "tcp":
             return
+        if comm._encrypted and not config.flag("tls"):
+            return
         own = asyncio.get_running_loop().run_in_executor(None, lane.own, settings)
-        found = await asyncio.shield(own)
+        try:
+            found = await asyncio.shield(own)
+        except asyncio.CancelledError:
+            own.add_done_callback(_leave_lane)
+            raise
     except Exception as error:
         counters.explain("exchange", str(error) if isinstance(error, PoolError) else repr(error))
         return
     if found is not None:
         comm._file = FarStream(comm, found)
+
+
+def _leave_lane(own: asyncio.Future[lane.Lane | None]) -> None:
+    """Count nobody for a comm that did not wait for its lane."""
+    found = None if own.cancelled() or own.exception() is not None else own.result()
+    if found is not None:
+        found.leave({})
 
 
 family.register()

@@ -201,7 +201,7 @@ class Settings:
             threshold_bytes=threshold,
             hold_limit=float(hold),
             copy_threads=_copy_threads(),
-            tls=_flag("tls"),
+            tls=flag("tls"),
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),
         )
@@ -260,7 +260,7 @@ class ExchangeSettings:
             foreign=path is not None and _foreign(path),
             mode=mode,
             size_bytes=size,
-            piece_bytes=grains(min(piece, size - GRAIN_BYTES)),
+            piece_bytes=min(grains(piece), size // GRAIN_BYTES * GRAIN_BYTES - GRAIN_BYTES),
             linger_s=_seconds("pool.linger"),
         )
 
@@ -339,14 +339,15 @@ class PlacementSettings:
         if no_gpu not in NO_GPU_MODES:
             raise PoolError(f"shm-bridge.placement.no-gpu: {no_gpu!r} is not in {NO_GPU_MODES}")
         return cls(
-            enabled=_flag("placement.enabled"),
+            enabled=flag("placement.enabled"),
             modules=tuple(modules),
             no_gpu=no_gpu,
-            scheduler_devices=_flag("placement.scheduler-devices"),
+            scheduler_devices=flag("placement.scheduler-devices"),
         )
 
 
-def _flag(key: str) -> bool:
+def flag(key: str) -> bool:
+    """Return a value that is true or false; a PoolError if it is neither."""
     value = get(key)
     if not isinstance(value, bool):
         raise PoolError(f"shm-bridge.{key}: {value!r} is neither true nor false")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from dask_shm_bridge.mapping.direct import aligned
 
 if TYPE_CHECKING:
+    from dask_shm_bridge.exchange.lane import FarLane
     from dask_shm_bridge.ledger import Grant
     from dask_shm_bridge.store import Pool
 
@@ -46,6 +47,13 @@ class Target:
         else:
             self._grant, self.bytes = reserved
 
+    def read(self, far: FarLane, start: int, nbytes: int, offset: int, expected: bytes) -> bool:
+        """Fill a part from a peer's lane; say whether it is right.
+
+        A method of this object, so that its memory is not given back while a thread writes there.
+        """
+        return far.get(self.bytes[start:], nbytes, offset, expected)
+
     def finish(self) -> memoryview:
         """Return the frame, writeable and of its own."""
         if self._grant is None:
@@ -61,4 +69,4 @@ class Target:
         grant = getattr(self, "_grant", None)
         if grant is not None:
             assert self._pool is not None
-            self._pool.events.put(("lease", (grant.extent, grant.lease)))
+            self._pool.cede(grant)
