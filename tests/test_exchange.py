@@ -31,7 +31,7 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 from process import values
 
-from dask_shm_bridge import config, counters, mapping, pool
+from dask_shm_bridge import config, counters, mapping, store
 from dask_shm_bridge.errors import PoolError, PoolUnsafeError
 from dask_shm_bridge.exchange import lane, probe, stream
 from dask_shm_bridge.layout import GRAIN_BYTES, grains
@@ -61,7 +61,7 @@ def exchange(pool_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     for one in lane.lanes():
         assert eventually(lambda one=one: not one.used()), f"{one.used()} parts are left"
     lane.close_all()
-    pool.detach_all()
+    store.detach_all()
     probe._verdicts.clear()
     lane._refused.clear()
     counters._said.clear()
