@@ -609,7 +609,7 @@ def _looping() -> bool:
     return True
 
 
-async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+async def _run(shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job on the pool's threads; if nobody waits for it any more, it undoes itself."""
     try:
         future = shared.submit(job, *args)

@@ -892,7 +892,7 @@ def test_defaults_outlive_the_block_they_were_registered_in(python):
 
 
 def test_identity_is_that_of_the_file(small_pool, child):
-    other = child(WRITER + "say(joined.identity())\nhear()\npool.detach_all()\nsay()\nhear()")
+    other = child(WRITER + "say(joined.identity())\nhear()\nstore.detach_all()\nsay()\nhear()")
     assert other.hear() == small_pool.identity()
     other.ask()
 

@@ -229,7 +229,8 @@ def test_lanes_of_other_kernels_go_when_they_are_old(tmp_path: Path) -> None:
         file.write_bytes(b"x")
         (tmp_path / f"{file.name}.lock").write_bytes(b"")
     long_ago = time.time() - 2 * 86400
-    os.utime(old, (long_ago, long_ago))
+    for each in (old, tmp_path / f"{old.name}.lock"):
+        os.utime(each, (long_ago, long_ago))
     other = tmp_path / "mine.txt"
     other.write_text("mine")
     os.utime(other, (long_ago, long_ago))
