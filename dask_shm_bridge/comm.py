@@ -9,7 +9,8 @@ place in the message (after that first frame) is empty, and
 
 - way 0: the frame is the extent that this ticket of the receiver's connection names;
 - way 1: the frame follows the message in pieces, each a record of a ticket number (0: inline) and
-  a size, in the order of the message.
+  a size, in the order of the message;
+- way 2: the frame follows in pieces that lie in a file (`dask_shm_bridge.exchange.stream`).
 
 Nothing in a message says where bytes lie: a number names a row in the ledger, or nothing.
 """
@@ -17,6 +18,7 @@ Nothing in a message says where bytes lie: a number names a row in the ledger, o
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 import time
 import weakref
@@ -40,7 +42,7 @@ from distributed.protocol.pickle import HIGHEST_PROTOCOL
 from distributed.protocol.utils import unpack_frames
 from tornado.iostream import IOStream, StreamClosedError
 
-from dask_shm_bridge import config, counters, family, memory, pool, wire
+from dask_shm_bridge import config, counters, events, family, memory, store, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import (
@@ -48,6 +50,8 @@ from dask_shm_bridge.errors import (
     PoolError,
     PoolUnsupportedError,
 )
+from dask_shm_bridge.exchange import lane
+from dask_shm_bridge.exchange.stream import FarStream, peer_of
 from dask_shm_bridge.layout import GRAIN_BYTES
 from dask_shm_bridge.shipment import Frame
 
@@ -57,6 +61,8 @@ VERSION = 1
 # A scheduler's listener asks for pickle protocol 4 and no compression; in memory that two
 # processes share, out-of-band buffers are what makes a transfer cheap.
 AGREED = {KEY: True, "pickle-protocol": HIGHEST_PROTOCOL, "compression": None}
+
+logger = logging.getLogger("dask_shm_bridge")
 
 T = TypeVar("T")
 
@@ -74,23 +80,43 @@ _PATIENCE_S = 1.0  # without progress of pieces, the rest goes inline
 _LARGE_BYTES = 1_000_000  # BatchedSend keeps messages below this
 
 
+_told: set[tuple[str, str, str]] = set()
+_CAUSES = {
+    "no-common-pool": "it has another pool, or none: another host, container, user or pool.path",
+    "off": "the pool is turned off here (shm-bridge.pool.path is false)",
+    "tls": "the connection is encrypted, and shm-bridge.tls is false",
+    "no-pool": "this process has no pool; the log says why",
+    "unsupported": "there is no pool on this platform",
+}
+
+
 class _Link:
     """What two peers agreed on: a pool, and a connection for each direction."""
 
-    def __init__(self, shared: pool.Pool, outgoing: int) -> None:
+    def __init__(self, shared: store.Pool, outgoing: int) -> None:
         self.pool = shared
         self.outgoing = outgoing
         self.numbers = 0  # of tickets sent
+
+
+_comms: weakref.WeakSet[ShmTCP] = weakref.WeakSet()
+
+
+def modes() -> list[str]:
+    """Return the mode of each open connection of this process."""
+    return [comm.mode for comm in list(_comms) if not comm.closed()]
 
 
 class ShmTCP(TCP):
     """A TCP connection beside a shared pool."""
 
     _link: _Link | None = None
-    _shared: pool.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
+    _shared: store.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
     _connection: int | None = None  # the row of this comm's receiving direction
     _farewell: weakref.finalize[[int], Any] | None = None
     _write_lock: asyncio.Lock | None = None
+    _file: FarStream | None = None  # where files may be exchanged with a peer of another kernel
+    _plain = False  # while an open stream is upgraded: nothing but TCP's messages yet
     _cause = "no-common-pool"  # why messages stay on the socket while there is no link
     _encrypted = False
 
@@ -106,6 +132,8 @@ class ShmTCP(TCP):
             if connection is not None:
                 self._receive_by(shared, connection)
                 info[KEY].update(connection=connection, **shared.identity())
+        if self._file is not None:
+            info[KEY].update(self._file.info())
         return info
 
     def handshake_configuration(  # type: ignore[override]  # Dask calls it on the instance
@@ -117,11 +145,46 @@ class ShmTCP(TCP):
         if self._agree(ours, theirs):
             options.update(AGREED)
         else:
-            self._end_connection()
             wire.meter(self.stream)
+        self._tell_mode()
         return options
 
+    def _tell_mode(self) -> None:
+        """Say how arrays travel on this connection, once for each host, way and cause."""
+        if self._link is not None:
+            mode, why = "shared", f"both have joined the pool in {self._link.pool.path}"
+        elif self._file is not None:
+            mode, why = (
+                "file",
+                "two kernels, and a folder to exchange files in, if a probe is for it",
+            )
+        elif KEY not in self.remote_info:
+            mode, why = "tcp", "the peer does not run dask-shm-bridge"
+        else:
+            mode, why = "tcp", _CAUSES.get(self._cause, self._cause)
+        peer = str(self.remote_info.get("address"))
+        told = peer.rpartition(":")[0], mode, why
+        if told in _told:
+            return
+        _told.add(told)
+        logger.info("large arrays to and from %s go by %s: %s", peer, mode, why)
+        events.publish("connection", peer=peer, mode=mode, why=why)
+
     def _agree(self, ours: Any, theirs: Any) -> bool:
+        """Have a pool in common with the peer, or an exchange of files; False if neither."""
+        if self._agree_on_pool(ours, theirs):
+            self._end_exchange()
+            return True
+        if self._file is not None and isinstance(theirs, dict):
+            peer, version = peer_of(theirs), theirs.get("version")
+            if peer is not None and type(version) is int and version == VERSION:
+                self._file.meet(peer)
+                return True  # the row stays: this side's pool is used by what arrives
+        self._end_connection()
+        self._end_exchange()
+        return False
+
+    def _agree_on_pool(self, ours: Any, theirs: Any) -> bool:
         if not (isinstance(ours, dict) and isinstance(theirs, dict)) or self._shared is None:
             return False
         if "pool" not in ours:
@@ -136,7 +199,7 @@ class ShmTCP(TCP):
         self._link = _Link(self._shared, outgoing)
         return True
 
-    def _receive_by(self, shared: pool.Pool, connection: int) -> None:
+    def _receive_by(self, shared: store.Pool, connection: int) -> None:
         self._connection = connection
         # Once, at the first of: end of the stream, abort, close, failed handshake, this object's
         # end. Never in the stream's close callback: it may run before messages were read.
@@ -147,6 +210,23 @@ class ShmTCP(TCP):
         if self._farewell is not None:
             self._farewell()
             self._connection = None
+
+    def _end_exchange(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def mode(self) -> str:
+        """How large frames are sent now: ``shared``, ``file`` or ``tcp``."""
+        if self._link is not None:
+            return "shared"
+        return "tcp" if self._file is None else self._file.mode
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the peer speaks this protocol, so that more than TCP's messages may be sent."""
+        return self._link is not None or (self._file is not None and self._file.peer is not None)
 
     def _threshold(self) -> int:
         if self._shared is not None:
@@ -166,7 +246,7 @@ class ShmTCP(TCP):
             Bytes sent, those in the pool included, and at least 1e6 if there were any.
         """
         link = self._link
-        if link is None:
+        if self._plain or not self.agreed:
             if self.remote_info and KEY not in self.remote_info:
                 msg = family.translated(msg)
                 if serializers is not None and len(serializers) > 1:
@@ -185,7 +265,7 @@ class ShmTCP(TCP):
         async with self._write_lock:  # a message in pieces must stay together
             return await self._write(link, msg, serializers, on_error)
 
-    async def _write(self, link: _Link, msg: Any, serializers: Any, on_error: str) -> int:
+    async def _write(self, link: _Link | None, msg: Any, serializers: Any, on_error: str) -> int:
         if self.stream is None:
             raise CommClosedError()
         with arrays.pickling():
@@ -204,10 +284,12 @@ class ShmTCP(TCP):
         sizes = [wire.nbytes_of(frame) for frame in frames]
         # It is the message that is large enough or not: one of many middling frames, such as the
         # shards of a rechunk, costs as much over the socket as one of a single large frame.
-        threshold = link.pool.settings.threshold_bytes
+        threshold = self._threshold()
         least = min(threshold, GRAIN_BYTES)
         large = [i for i, nbytes in enumerate(sizes) if nbytes >= least]
         pinned = False
+        if link is None:
+            return await self._write_far(frames, sizes, large)
         if sum(sizes[i] for i in large) < threshold:
             # What lies in the pool costs nothing to name, however small: a graph of many tasks
             # comes in one large message, and its arrays go to the workers in many small ones.
@@ -221,6 +303,16 @@ class ShmTCP(TCP):
             return self._claimed(self._send(frames), True)
         return await self._write_large(link, frames, sizes, large)
 
+    async def _write_far(self, frames: list[Any], sizes: list[int], large: list[int]) -> int:
+        """Send a message to another kernel; what is pinned in this one's pool is so till then."""
+        if sum(sizes[i] for i in large) < self._threshold():
+            large = []
+        far = self._file
+        if far is None:  # closed while the message was serialized
+            raise CommClosedError(f"in {self}: closed")
+        await far.send(frames, sizes, large)
+        return self._claimed(sum(sizes), self._shared is not None and sum(sizes) >= GRAIN_BYTES)
+
     async def _write_large(
         self, link: _Link, frames: list[Any], sizes: list[int], large: list[int]
     ) -> int:
@@ -228,7 +320,7 @@ class ShmTCP(TCP):
         for index in large:
             link.numbers += 1
             wanted.append(Frame(index, link.numbers, frames[index], sizes[index]))
-        region = pool.region()
+        region = store.region()
         shipment = None
         if sum(frame.nbytes for frame in wanted) <= _DIRECT_BYTES:
             with suppress(LedgerBusyError):
@@ -313,7 +405,7 @@ class ShmTCP(TCP):
             raise
 
     async def _write_in_pieces(self, link: _Link, source: np.ndarray) -> None:
-        region = pool.region()
+        region = store.region()
         done, since, pause = 0, time.monotonic(), 0.001
         while done < source.nbytes:
             left = source.nbytes - done
@@ -358,22 +450,25 @@ class ShmTCP(TCP):
     async def read(self, deserializers: Any = None) -> Any:
         """Receive a message; frames that came through the pool are views of it."""
         shared, connection = self._shared, self._connection
-        stream = self.stream
-        if shared is None or connection is None or stream is None:
+        stream, far = self.stream, self._file
+        if stream is None or (far is None and (shared is None or connection is None)):
             try:
                 return await super().read(deserializers=deserializers)
             except BaseException:
                 wire.disown(stream)
                 if self.stream is None:
-                    self._end_connection()
+                    self._end()
                 raise
         try:
-            frames = await self._read_frames(shared, connection, stream)
+            if far is not None:
+                frames = await far.receive()
+            else:
+                frames = await self._read_frames(stream)
         except (StreamClosedError, SSLError) as error:
             wire.disown(stream)
             self.stream = None
             self._closed = True
-            self._end_connection()
+            self._end()
             convert_stream_closed_error(self, error)
         except Exception as error:
             # A ticket that is not there, no message of ours, or no memory for what it announces:
@@ -394,28 +489,33 @@ class ShmTCP(TCP):
             self.abort()
             raise CommClosedError("aborted stream on truncated data") from None
 
-    async def _read_frames(self, shared: pool.Pool, connection: int, stream: IOStream) -> list[Any]:
+    async def _read_frames(self, stream: IOStream) -> list[Any]:
         (length,) = _LENGTH.unpack(await stream.read_bytes(_LENGTH.size))
+        frames, manifest = await self._read_message(stream, length)
+        if manifest:
+            await self._resolve(stream, frames, manifest)
+        return frames
+
+    async def _read_message(self, stream: IOStream, length: int) -> tuple[list[Any], list[Any]]:
+        """Read what follows a message's length; return its frames, and what its manifest says."""
         blob = await wire.read_buffer(stream, length & ~_FLAG)
         frames, missing = unpack_frames(blob, partial=True)
         for nbytes in missing:
             frames.append(await wire.read_buffer(stream, nbytes))
         total = _LENGTH.size + len(blob) + sum(missing)
         counters.count("received", "inline", total, len(frames))
-        if length & _FLAG:
-            manifest = msgpack.unpackb(frames.pop(0), use_list=True)
-            await self._resolve(shared, connection, stream, frames, manifest)
-        return frames
+        if not length & _FLAG:
+            return frames, []
+        manifest = msgpack.unpackb(frames.pop(0), use_list=True)
+        if not isinstance(manifest, list):
+            raise ValueError(f"a message with {manifest!r:.100} for a manifest")
+        return frames, manifest
 
-    async def _resolve(
-        self,
-        shared: pool.Pool,
-        connection: int,
-        stream: IOStream,
-        frames: list[Any],
-        manifest: list[Any],
-    ) -> None:
-        """Put what travelled otherwise in its place."""
+    async def _resolve(self, stream: IOStream, frames: list[Any], manifest: list[Any]) -> None:
+        """Put what travelled through the pool in its place."""
+        shared, connection = self._shared, self._connection
+        if shared is None or connection is None:
+            raise ValueError("a ticket came, but there is no pool in common")
         tickets: dict[int, int] = {}
         pieces: dict[int, int] = {}
         for place, way, value in manifest:
@@ -448,7 +548,7 @@ class ShmTCP(TCP):
             frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 
     async def _read_in_pieces(
-        self, shared: pool.Pool, connection: int, stream: IOStream, nbytes: int
+        self, shared: store.Pool, connection: int, stream: IOStream, nbytes: int
     ) -> memoryview:
         target = wire.new_buffer(nbytes)
         done = 0
@@ -472,16 +572,44 @@ class ShmTCP(TCP):
         """Close at once; what was sent here and not read is given back."""
         wire.disown(self.stream)
         super().abort()
-        self._end_connection()
+        self._end()
 
     def close(self) -> Any:
         """Close after what was written is flushed; what was not read is given back."""
+        far = self._file
+        if far is not None and far.pending and not self.closed() and _looping():
+            return asyncio.ensure_future(self._close_far(far))
         future = super().close()  # it has begun, awaited or not
-        self._end_connection()
+        self._end()
         return future
 
+    async def _close_far(self, far: FarStream) -> None:
+        """Close once the peer has read what lies in our lane."""
+        try:
+            await far.drain()
+        except BaseException:
+            self.abort()
+            raise
+        future = super().close()
+        self._end()
+        await future
 
-async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+    def _end(self) -> None:
+        """Give back what this comm had in the pool and in the lane."""
+        self._end_connection()
+        self._end_exchange()
+
+
+def _looping() -> bool:
+    """Say whether an event loop runs here, so that somebody can wait."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _run(shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job on the pool's threads; if nobody waits for it any more, it undoes itself."""
     try:
         future = shared.submit(job, *args)
@@ -494,7 +622,7 @@ async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
         raise
 
 
-async def _insist(stream: IOStream, shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+async def _insist(stream: IOStream, shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job that needs the ledger until it is had: what was sent must be read.
 
     A process that is stopped while it holds the ledger must not cost its peers their connections.
@@ -523,6 +651,7 @@ class ShmTLS(ShmTCP, TLS):
 
 async def join_pool(comm: ShmTCP) -> None:
     """Give a new comm this process's pool, joining it if need be; never an error."""
+    _comms.add(comm)
     try:
         settings = config.Settings.from_config()
         if settings.path is None:
@@ -535,14 +664,44 @@ async def join_pool(comm: ShmTCP) -> None:
                 "shm-bridge.tls: true allows it",
             )
         else:
-            shared = pool.attached(settings.path)
+            shared = store.attached(settings.path)
             if shared is None:
                 loop = asyncio.get_running_loop()
-                shared = await loop.run_in_executor(None, pool.attach, settings)
+                shared = await loop.run_in_executor(None, store.attach, settings)
             comm._shared = shared
     except Exception as error:
         comm._cause = "unsupported" if isinstance(error, PoolUnsupportedError) else "no-pool"
         counters.explain(comm._cause, str(error) if isinstance(error, PoolError) else repr(error))
+    if comm._cause != "tls" and comm._file is None:
+        await _join_exchange(comm)
+
+
+async def _join_exchange(comm: ShmTCP) -> None:
+    """Give a new comm this process's lane, where files are exchanged with another kernel."""
+    try:
+        settings = config.ExchangeSettings.from_config()
+        if settings.path is None or settings.mode == "tcp":
+            return
+        if comm._encrypted and not config.flag("tls"):
+            return
+        own = asyncio.get_running_loop().run_in_executor(None, lane.own, settings)
+        try:
+            found = await asyncio.shield(own)
+        except asyncio.CancelledError:
+            own.add_done_callback(_leave_lane)
+            raise
+    except Exception as error:
+        counters.explain("exchange", str(error) if isinstance(error, PoolError) else repr(error))
+        return
+    if found is not None:
+        comm._file = FarStream(comm, found)
+
+
+def _leave_lane(own: asyncio.Future[lane.Lane | None]) -> None:
+    """Count nobody for a comm that did not wait for its lane."""
+    found = None if own.cancelled() or own.exception() is not None else own.result()
+    if found is not None:
+        found.leave({})
 
 
 family.register()

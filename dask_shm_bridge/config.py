@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,10 @@ from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.layout import (
     DEFAULT_SIZE_BYTES,
     DEFAULT_SLOT_BYTES,
+    GRAIN_BYTES,
     REGION_NAMES,
     Layout,
+    grains,
 )
 
 _MOST_SECONDS = 10.0 * 365 * 86400  # what threads can wait for is limited
@@ -184,7 +187,15 @@ class Settings:
         elif not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
             raise PoolError(f"shm-bridge.pool.path: {path!r} is no folder's name")
         else:
-            path = os.path.abspath(os.path.expanduser(str(path)))
+            path = _folder("pool.path", path)
+            kind = _kind(path)
+            if kind == "network":
+                raise PoolError(
+                    f"shm-bridge.pool.path: {path} lies on another host's file system, which can't "
+                    "be memory that processes share: choose a local folder, such as one in /dev/shm"
+                )
+            if kind == "other-kernel":  # it is the exchange folder: see ExchangeSettings
+                path = mapping.default_pool_path()
         hold = get("hold-limit")
         if not isinstance(hold, (int, float)) or isinstance(hold, bool) or not 0 <= hold <= 1:
             raise PoolError(f"shm-bridge.hold-limit: {hold!r} is not a share between 0 and 1")
@@ -197,10 +208,112 @@ class Settings:
             threshold_bytes=threshold,
             hold_limit=float(hold),
             copy_threads=_copy_threads(),
-            tls=_flag("tls"),
+            tls=flag("tls"),
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),
         )
+
+
+EXCHANGE_MODES = ("auto", "file", "tcp")
+
+
+@dataclass(frozen=True)
+class ExchangeSettings:
+    """What a process needs to know to exchange files with another kernel.
+
+    Parameters
+    ----------
+    path : str or None
+        The exchange folder, by its name on this side; None where nothing is exchanged.
+    foreign : bool
+        Whether its file system belongs to another kernel.
+    mode : {"auto", "file", "tcp"}
+        Whether a probe decides, or what was decided by hand.
+    size_bytes : int
+        Most that the lane of this process may take.
+    piece_bytes : int
+        Largest piece of a frame.
+    linger_s : float
+        Seconds that an unused lane stays.
+    """
+
+    path: str | None
+    foreign: bool
+    mode: str
+    size_bytes: int
+    piece_bytes: int
+    linger_s: float
+
+    @classmethod
+    def from_config(cls) -> ExchangeSettings:
+        """Read Dask's configuration.
+
+        Raises
+        ------
+        PoolError
+            If a value can't be used; the message names its key.
+        """
+        mode = get("exchange.mode")
+        if mode not in EXCHANGE_MODES:
+            raise PoolError(f"shm-bridge.exchange.mode: {mode!r} is not in {EXCHANGE_MODES}")
+        size, piece = nbytes("exchange.size"), nbytes("exchange.piece")
+        if size is None or size < 2 * GRAIN_BYTES:
+            raise PoolError(f"shm-bridge.exchange.size: {size!r} is not a size of 128 KiB or more")
+        if piece is None or piece < GRAIN_BYTES:
+            raise PoolError(f"shm-bridge.exchange.piece: {piece!r} is not a size of 64 KiB or more")
+        path = _exchange_path()
+        return cls(
+            path=path,
+            foreign=path is not None and _kind(path) != "local",
+            mode=mode,
+            size_bytes=size,
+            piece_bytes=min(grains(piece), size // GRAIN_BYTES * GRAIN_BYTES - GRAIN_BYTES),
+            linger_s=_seconds("pool.linger"),
+        )
+
+
+def _exchange_path() -> str | None:
+    """Return the exchange folder: its own key's, or the pool's that lies between two kernels."""
+    path = get("exchange.path")
+    if path is False:
+        return None
+    if path is None or path is True:
+        path = get("pool.path")
+        if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+            return None
+        from dask_shm_bridge import mapping
+
+        path = _folder("pool.path", path)
+        return path if mapping.WINDOWS or _kind(path) == "other-kernel" else None
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+        raise PoolError(f"shm-bridge.exchange.path: {path!r} is no folder's name")
+    return _folder("exchange.path", path)
+
+
+def _folder(key: str, path: Any) -> str:
+    """Return a folder's absolute name on this side, also of one that is given by the other's."""
+    from dask_shm_bridge import location, mapping
+
+    name = os.path.expanduser(str(path))
+    try:
+        if mapping.WINDOWS and name.startswith(("/", "\\\\")):
+            name = location.translate(name, "windows")
+        elif not mapping.WINDOWS and _OF_WINDOWS.match(name):
+            name = location.translate(name, "linux")
+    except PoolError as error:
+        raise PoolError(f"shm-bridge.{key}: {error}") from None
+    return os.path.abspath(name)
+
+
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+@cache
+def _kind(path: str) -> str:
+    """Say whose file system a path lies on (`Location.kind`); looked up once a process."""
+    from dask_shm_bridge import location
+
+    return location.describe(path).kind
 
 
 NO_GPU_MODES = ("wait", "cpu", "error")
@@ -247,14 +360,15 @@ class PlacementSettings:
         if no_gpu not in NO_GPU_MODES:
             raise PoolError(f"shm-bridge.placement.no-gpu: {no_gpu!r} is not in {NO_GPU_MODES}")
         return cls(
-            enabled=_flag("placement.enabled"),
+            enabled=flag("placement.enabled"),
             modules=tuple(modules),
             no_gpu=no_gpu,
-            scheduler_devices=_flag("placement.scheduler-devices"),
+            scheduler_devices=flag("placement.scheduler-devices"),
         )
 
 
-def _flag(key: str) -> bool:
+def flag(key: str) -> bool:
+    """Return a value that is true or false; a PoolError if it is neither."""
     value = get(key)
     if not isinstance(value, bool):
         raise PoolError(f"shm-bridge.{key}: {value!r} is neither true nor false")

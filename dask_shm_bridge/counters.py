@@ -8,10 +8,12 @@ import threading
 from collections import Counter
 from typing import Any
 
+from dask_shm_bridge import events
+
 logger = logging.getLogger("dask_shm_bridge")
 
-SENT = ("copied", "referenced", "pieces", "inline")
-RECEIVED = ("viewed", "copied", "inline")
+SENT = ("copied", "referenced", "pieces", "file", "inline")
+RECEIVED = ("viewed", "copied", "file", "inline")
 DEVICE = ("pinned", "staged", "pageable")
 
 _lock = threading.Lock()
@@ -48,6 +50,7 @@ def explain(cause: str, message: str) -> None:
         _said.add(cause)
     if first:
         logger.warning("%s (said once for the cause %r; stats() counts it)", message, cause)
+        events.publish("fallback", cause=cause, message=message)
 
 
 def snapshot() -> dict[str, Any]:

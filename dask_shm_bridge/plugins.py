@@ -24,9 +24,10 @@ class ShmWorkerPlugin(WorkerPlugin):
 
     async def setup(self, worker: Any) -> None:
         """Upgrade the worker and its stream to the scheduler; pin the pool and report the GPU."""
-        from dask_shm_bridge import upgrade
+        from dask_shm_bridge import events, upgrade
         from dask_shm_bridge.cuda import worker as gpu
 
+        events.attach(worker)
         if not worker.address.startswith("shm"):
             await upgrade.upgrade_worker(worker)
         if await gpu.setup(worker) is not None:
@@ -155,7 +156,7 @@ def _finish(dask_worker: Any = None) -> bool:
     from dask_shm_bridge import upgrade
 
     upgrade.close_idle(dask_worker.rpc)
-    return getattr(dask_worker.batched_stream.comm, "_link", None) is not None
+    return bool(getattr(dask_worker.batched_stream.comm, "agreed", False))
 
 
 def _finish_scheduler(dask_scheduler: Any = None) -> None:

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Any
 
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 from dask_shm_bridge.errors import BridgeError
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -24,9 +24,11 @@ def stats(client: Any = None) -> Any:
     -------
     dict
         Of one process: ``bytes`` and ``frames``, each with ``sent`` (``copied`` into the pool,
-        ``referenced`` there without a copy, ``pieces``, ``inline``) and ``received`` (``viewed``,
-        ``copied`` out, ``inline``); ``fallbacks`` (cause to frames); ``pool`` (its path, id,
-        sizes in bytes and counts of rows; None where this process has not joined one);
+        ``referenced`` there without a copy, ``pieces``, ``file``: to another kernel, ``inline``)
+        and ``received`` (``viewed``, ``copied`` out, ``file``, ``inline``); ``connections`` by
+        mode (``shared``: through the pool, ``file``: by the exchange folder, ``tcp``);
+        ``exchange`` (what the probe found, by kernel); ``fallbacks`` (cause to frames); ``pool``
+        (its path, id, sizes in bytes and counts of rows; None where it has not joined one);
         ``device`` (of a process with a GPU, else None: what it is, ``pinned_bytes`` of the pool,
         and bytes copied ``to_device`` and ``from_device``, each ``pinned``: by DMA where they lie
         in the pool, ``staged``: by way of a pinned buffer, ``pageable``: handed to tasks as NumPy
@@ -50,12 +52,24 @@ def local_stats() -> dict[str, Any]:
     figures = counters.snapshot()
     gpu = sys.modules.get("dask_shm_bridge.cuda.worker")
     figures["device"] = None if gpu is None else gpu.figures()
-    joined = pool.attached()
+    figures["connections"] = _connections()
+    probe = sys.modules.get("dask_shm_bridge.exchange.probe")
+    figures["exchange"] = {} if probe is None else probe.verdicts()
+    joined = store.attached()
     try:
         figures["pool"] = None if joined is None else joined.usage()
     except BridgeError:  # the ledger is busy, or the pool was left just now
         figures["pool"] = None
     return figures
+
+
+def _connections() -> dict[str, int]:
+    """Count this process's open connections by mode."""
+    comm = sys.modules.get("dask_shm_bridge.comm")
+    counts = {"shared": 0, "file": 0, "tcp": 0}
+    for mode in [] if comm is None else comm.modes():
+        counts[mode] += 1
+    return counts
 
 
 async def _cluster_stats(client: Any) -> dict[str, Any]:

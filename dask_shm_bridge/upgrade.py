@@ -74,7 +74,7 @@ def close_idle(rpc: Any) -> None:
 
 def _shares_nothing(comm: Any) -> bool:
     """Say whether a comm is a stock one, or one of ours that met a stock peer."""
-    return type(comm) in _COMMS or (isinstance(comm, shm.ShmTCP) and comm._link is None)
+    return type(comm) in _COMMS or (isinstance(comm, shm.ShmTCP) and not comm.agreed)
 
 
 async def upgrade_worker(worker: Any) -> bool:
@@ -107,7 +107,7 @@ def upgrade_nanny(nanny: Any) -> None:
 async def _upgrade_stream(stream: Any, ask: Any) -> bool:
     comm = getattr(stream, "comm", None)
     if comm is None or not _shares_nothing(comm):
-        return getattr(comm, "_link", None) is not None
+        return bool(getattr(comm, "agreed", False))
     info = await _prepare(comm)
     if info is None:
         return False
@@ -119,10 +119,10 @@ async def _upgrade_stream(stream: Any, ask: Any) -> bool:
                 break
             await asyncio.sleep(0.05 * (attempt + 1))
     except BaseException:
-        comm._end_connection()  # so that it can be tried again
+        comm._end()  # so that it can be tried again
         raise
     if not isinstance(answer, dict) or not comm._agree(info, answer):
-        comm._end_connection()
+        comm._end()
         return False
     await _begin(comm)
     return True
@@ -140,7 +140,7 @@ async def _answer(
         return "no"
     ours = await _prepare(comm)
     if ours is None or not comm._agree(ours, info):
-        comm._end_connection()
+        comm._end()
         return "no"
     await _begin(comm)
     close_idle(scheduler.rpc)
@@ -155,13 +155,15 @@ async def _prepare(comm: Any) -> dict[str, Any] | None:
     wire.unmeter(comm.stream)
     await shm.join_pool(comm)
     info: dict[str, Any] = comm.handshake_info()[shm.KEY]
-    return info if "connection" in info else None
+    return info if "connection" in info or "exchange" in info else None
 
 
 async def _begin(comm: Any) -> None:
     """End the peer's pending stock read by an empty message; tickets may follow it."""
-    link, comm._link = comm._link, None
-    await comm.write([])
-    comm._link = link
+    comm._plain = True
+    try:
+        await comm.write([])
+    finally:
+        comm._plain = False
     comm.handshake_options = {**comm.handshake_options, **shm.AGREED}
     logger.info("%r shares a pool with its peer from now on", comm)

@@ -90,8 +90,8 @@ def _most_bytes() -> int:
         return 2 * memory
 
 
-def new_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Return memory for what a peer says it will send: its pages come with what it sends.
+def check_size(nbytes: int) -> int:
+    """Return the size of what a peer says it will send.
 
     Raises
     ------
@@ -100,7 +100,18 @@ def new_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
     """
     if type(nbytes) is not int or not 0 <= nbytes <= _most_bytes():
         raise ValueError(f"a peer announces {nbytes!r} bytes")
-    return np.empty(nbytes, np.uint8)
+    return nbytes
+
+
+def new_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return memory for what a peer says it will send: its pages come with what it sends.
+
+    Raises
+    ------
+    ValueError
+        If this machine could not hold so much.
+    """
+    return np.empty(check_size(nbytes), np.uint8)
 
 
 async def read_buffer(stream: IOStream, nbytes: int) -> memoryview:

@@ -72,12 +72,13 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         PoolError
             If the configuration under ``shm-bridge.placement`` can't be used.
         """
-        from dask_shm_bridge import upgrade
+        from dask_shm_bridge import events, upgrade
 
         settings = PlacementSettings.from_config()
         devices.hide()
         upgrade.upgrade_scheduler(scheduler)
         self._scheduler = scheduler
+        events.attach(scheduler)
         old = scheduler.plugins.get(self.name)
         # A scheduler starts a plugin that its preload registered a second time: then it is this.
         if old is not self and isinstance(old, ShmSchedulerPlugin):
@@ -163,7 +164,7 @@ class ShmSchedulerPlugin(SchedulerPlugin):
 
 
 def _sweep() -> None:
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
-    for joined in pool.joined():
+    for joined in store.joined():
         joined.events.put(("sweep", None))

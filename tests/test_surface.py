@@ -161,8 +161,8 @@ def test_figures_of_a_process_without_a_pool(python) -> None:
     assert figures["pool"] is None
     assert figures["fallbacks"] == {}
     for kind in ("bytes", "frames"):
-        assert set(figures[kind]["sent"]) == {"copied", "referenced", "pieces", "inline"}
-        assert set(figures[kind]["received"]) == {"viewed", "copied", "inline"}
+        assert set(figures[kind]["sent"]) == {"copied", "referenced", "pieces", "file", "inline"}
+        assert set(figures[kind]["received"]) == {"viewed", "copied", "file", "inline"}
         assert not any(figures[kind]["sent"].values())
 
 

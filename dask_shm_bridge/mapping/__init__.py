@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 
+WINDOWS = sys.platform == "win32"
+
 if sys.platform == "linux":
     from dask_shm_bridge.mapping._linux import (
         GUARD_PREFIX,
@@ -99,6 +101,7 @@ __all__ = [
     "GUARD_PREFIX",
     "MAPPINGS",
     "PAGE_BYTES",
+    "WINDOWS",
     "Directory",
     "GuardLock",
     "Mapping",

@@ -28,6 +28,9 @@ class _Watch:
             path = os.fsdecode(arguments[0])
             # A plain name is one in an open folder of the pool's; the current one is not used.
             plain = "/" not in path and path != ".."
+            # Hypothesis reads the sources of what was imported since, for constants to try.
+            if "/.hypothesis/" in path or (path.endswith(".py") and arguments[1] in ("r", "rb")):
+                return
             if not plain and not path.startswith((*self.folders, "/proc/", "/dev/null")):
                 self.found.append(f"{event} {path}")
 

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from dask_shm_bridge import counters, folder, mapping
 from dask_shm_bridge.config import Settings
@@ -34,7 +35,7 @@ from dask_shm_bridge.errors import (
     PoolError,
 )
 from dask_shm_bridge.keeper import Keeper
-from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES
+from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, REGION_NAMES, grains
 from dask_shm_bridge.ledger import Grant, Part
 from dask_shm_bridge.shipment import Frame, Received, Shipment
 from dask_shm_bridge.views import Views
@@ -73,6 +74,7 @@ class Pool:
         self.views = Views(attachment.pool_fd, self.layout, self.events)
         self.copier = Copier(settings.copy_threads)
         self._jobs = started(4, "shm-bridge")
+        self._reserved: dict[int, Grant] = {}  # by lease: what arrives there from another kernel
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
         self.pins: Any = None  # of a process with a GPU: what of the pool is registered with CUDA
@@ -290,6 +292,50 @@ class Pool:
             self.events.put(("trim", None))
         return view
 
+    def reserve(self, nbytes: int) -> tuple[Grant, npt.NDArray[np.uint8]] | None:
+        """Lend this process an extent to fill; return it and its memory, in whole grains.
+
+        None where there is no room. It ends with `publish`, which makes a view of it, or `cede`.
+        """
+        grant = None
+        if self.views.leased_bytes + nbytes > self.settings.hold_limit * self.layout.size_bytes:
+            self.events.put(("trim", None))
+            return None
+        try:
+            self._check_open()
+            (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+            if grant is None:
+                self.events.put(("sweep", None))
+                return None
+            self.events.put(("user", 1))
+            self._reserved[grant.lease] = grant
+            self._commit(grant)
+            self._touch(grant)
+            start = HEADER_BYTES + grant.offset
+            memory = self.views.shared.array[start : start + grains(nbytes)]
+            self._check_open()  # who leaves later sees what is reserved
+            return grant, memory
+        except (LedgerError, OSError):
+            if grant is not None:
+                self.cede(grant)
+            return None
+
+    def publish(self, grant: Grant) -> memoryview | None:
+        """Return a view of what `reserve` lent, which has the lease from now on; None if none."""
+        try:
+            view = self.views.claim(grant)
+        except LedgerError:  # the pool was left; the lease stays until this process ends
+            return None
+        if view is not None and self._reserved.pop(grant.lease, None) is not None:
+            self.events.put(("user", -1))
+        return view
+
+    def cede(self, grant: Grant) -> None:
+        """Give back what `reserve` lent. Safe in a finalizer."""
+        if self._reserved.pop(grant.lease, None) is not None:
+            self.events.put(("user", -1))
+        self.events.put(("lease", (grant.extent, grant.lease)))
+
     def receive(
         self, connection: int, numbers: Sequence[int], timeout_s: float | None = None
     ) -> Received:
@@ -476,10 +522,14 @@ class Pool:
         self.copier.close()
         if self.pins is not None:
             self.pins.close()
-        living = self.views.oldest()
+        living, arriving = self.views.oldest(), list(self._reserved)
         hasty = at_exit and self.views.leased_bytes > _EXIT_BYTES
-        if living and (hasty or not all(self.views.detach(claim) for claim in living)):
-            self.attachment.stay(claim.grant.lease for claim in living)
+        detached = not living or (not hasty and all(self.views.detach(claim) for claim in living))
+        if not detached:
+            self.attachment.stay([*(claim.grant.lease for claim in living), *arriving])
+        elif arriving:  # a thread may write there until this process ends
+            self.views.close()
+            self.attachment.stay(arriving)
         else:
             self.views.close()
             self.attachment.leave()
