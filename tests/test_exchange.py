@@ -1671,3 +1671,75 @@ def test_nothing_is_read_while_dasks_own_read_is_pending(exchange: Path) -> None
                 await pending
 
     run(talk())
+
+
+def test_a_process_that_ends_goes_on_sending(exchange: Path) -> None:
+    # Dask closes its clients at exit, after this package has left its lanes
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(MiB))
+            lane.close_all()
+            moved = Moved()
+            await sent(comm, numbers(MiB, 1))
+            assert moved("sent", "file") == 0
+            assert moved("received", "inline") >= 2 * MiB
+
+    run(talk())
+
+
+def test_a_lane_that_is_left_in_the_middle_of_a_message(
+    exchange: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, sent_pieces = lane.Lane.put, []
+
+    def counted(one: lane.Lane, offset: int, source: Any) -> bytes:
+        sent_pieces.append(source.nbytes)
+        if sent_pieces.count(PIECE) == 2:
+            threading.Thread(target=lane.close_all).start()
+            while not one.closed:
+                time.sleep(0.001)
+        return put(one, offset, source)
+
+    monkeypatch.setattr(lane.Lane, "put", counted)
+
+    async def receive(comm: Any) -> None:
+        with contextlib.suppress(CommClosedError):
+            (x,) = await comm.read()
+            received.append(lane.checksum(x))
+
+    received: list[bytes] = []
+    x = numbers(5 * PIECE, 1)
+
+    async def talk() -> None:
+        async with connected(receive) as comm:
+            with contextlib.suppress(CommClosedError):
+                await comm.write([to_serialize(x)])
+
+    with dask.config.set({"shm-bridge.threshold": "64 KiB"}):
+        run(talk())
+    assert received in ([], [lane.checksum(x)])  # the reader is of this process, too
+
+
+def test_a_comm_that_has_ended_keeps_nothing_of_what_was_under_way(
+    exchange: Path, pools: Any
+) -> None:
+    # Dask keeps comms that have ended, for a while or for ever
+    kept: list[Any] = []
+
+    async def halfway(comm: Any) -> None:
+        await comm.read()
+        kept.append(comm)
+        await asyncio.wait_for(comm._file.turn(5.0), 5)  # the message, not its pieces
+        assert comm._file._inbox[0].missing
+        comm.abort()
+
+    async def talk() -> None:
+        async with connected(halfway) as comm:
+            await comm.write([0])
+            with contextlib.suppress(CommClosedError):
+                for _ in range(3):
+                    await comm.write([to_serialize(numbers(PIECE * 3))])
+
+    run(talk())
+    assert counts(pools()) == (0, 0, 0)
+    assert len(kept) == 1
