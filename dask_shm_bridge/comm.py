@@ -42,7 +42,7 @@ from distributed.protocol.pickle import HIGHEST_PROTOCOL
 from distributed.protocol.utils import unpack_frames
 from tornado.iostream import IOStream, StreamClosedError
 
-from dask_shm_bridge import config, counters, events, family, memory, pool, wire
+from dask_shm_bridge import config, counters, events, family, memory, store, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import (
@@ -93,7 +93,7 @@ _CAUSES = {
 class _Link:
     """What two peers agreed on: a pool, and a connection for each direction."""
 
-    def __init__(self, shared: pool.Pool, outgoing: int) -> None:
+    def __init__(self, shared: store.Pool, outgoing: int) -> None:
         self.pool = shared
         self.outgoing = outgoing
         self.numbers = 0  # of tickets sent
@@ -111,7 +111,7 @@ class ShmTCP(TCP):
     """A TCP connection beside a shared pool."""
 
     _link: _Link | None = None
-    _shared: pool.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
+    _shared: store.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
     _connection: int | None = None  # the row of this comm's receiving direction
     _farewell: weakref.finalize[[int], Any] | None = None
     _write_lock: asyncio.Lock | None = None
@@ -199,7 +199,7 @@ class ShmTCP(TCP):
         self._link = _Link(self._shared, outgoing)
         return True
 
-    def _receive_by(self, shared: pool.Pool, connection: int) -> None:
+    def _receive_by(self, shared: store.Pool, connection: int) -> None:
         self._connection = connection
         # Once, at the first of: end of the stream, abort, close, failed handshake, this object's
         # end. Never in the stream's close callback: it may run before messages were read.
@@ -320,7 +320,7 @@ class ShmTCP(TCP):
         for index in large:
             link.numbers += 1
             wanted.append(Frame(index, link.numbers, frames[index], sizes[index]))
-        region = pool.region()
+        region = store.region()
         shipment = None
         if sum(frame.nbytes for frame in wanted) <= _DIRECT_BYTES:
             with suppress(LedgerBusyError):
@@ -405,7 +405,7 @@ class ShmTCP(TCP):
             raise
 
     async def _write_in_pieces(self, link: _Link, source: np.ndarray) -> None:
-        region = pool.region()
+        region = store.region()
         done, since, pause = 0, time.monotonic(), 0.001
         while done < source.nbytes:
             left = source.nbytes - done
@@ -548,7 +548,7 @@ class ShmTCP(TCP):
             frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 
     async def _read_in_pieces(
-        self, shared: pool.Pool, connection: int, stream: IOStream, nbytes: int
+        self, shared: store.Pool, connection: int, stream: IOStream, nbytes: int
     ) -> memoryview:
         target = wire.new_buffer(nbytes)
         done = 0
@@ -609,7 +609,7 @@ def _looping() -> bool:
     return True
 
 
-async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+async def _run(shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job on the pool's threads; if nobody waits for it any more, it undoes itself."""
     try:
         future = shared.submit(job, *args)
@@ -622,7 +622,7 @@ async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
         raise
 
 
-async def _insist(stream: IOStream, shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+async def _insist(stream: IOStream, shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job that needs the ledger until it is had: what was sent must be read.
 
     A process that is stopped while it holds the ledger must not cost its peers their connections.
@@ -664,10 +664,10 @@ async def join_pool(comm: ShmTCP) -> None:
                 "shm-bridge.tls: true allows it",
             )
         else:
-            shared = pool.attached(settings.path)
+            shared = store.attached(settings.path)
             if shared is None:
                 loop = asyncio.get_running_loop()
-                shared = await loop.run_in_executor(None, pool.attach, settings)
+                shared = await loop.run_in_executor(None, store.attach, settings)
             comm._shared = shared
     except Exception as error:
         comm._cause = "unsupported" if isinstance(error, PoolUnsupportedError) else "no-pool"

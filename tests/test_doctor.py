@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,7 @@ def test_limits_of_control_groups(
     files: dict[str, str], limit: int | None, machine: Callable[..., Machine]
 ) -> None:
     assert space.cgroup_limit(machine(system({**LINUX, **files}))) == limit
+    assert space.cgroup_limit(machine(system({**LINUX, **files}, kind="windows"))) is None
 
 
 def test_memory(machine: Callable[..., Machine]) -> None:
@@ -303,6 +305,8 @@ def test_overcommit(mode: str, left_kib: int, state: str, machine: Callable[...,
     meminfo = f"MemTotal: 1 kB\nCommitLimit: {left_kib + 5} kB\nCommitted_AS: 5 kB\nHugePages: 0\n"
     files = {**LINUX, "/proc/sys/vm/overcommit_memory": mode + "\n", "/proc/meminfo": meminfo}
     assert one(space.overcommit(machine(system(files)))).state == state
+    # Wine shows a /proc to Windows programs.
+    assert one(space.overcommit(machine(system(files, kind="windows")))).state == "n/a"
 
 
 LOGIND = {**LINUX, "/run/systemd/seats": ""}
@@ -363,10 +367,10 @@ def test_exchange_folder(
 def test_the_pool_that_is_there(child: Any, pool_folder: Path) -> None:
     other = child(
         """
-        from dask_shm_bridge import pool
-        say(pool.attach().id)
+        from dask_shm_bridge import store
+        say(store.attach().id)
         hear()
-        pool.detach_all()
+        store.detach_all()
         """
     )
     stray = pool_folder / f"pool-{other.hear()}" / "stray"
@@ -664,28 +668,41 @@ def test_a_cluster(cluster: Any, pool_folder: Path) -> None:
 def test_a_cluster_without_this_package(tmp_path: Path) -> None:
     """Peers are asked by functions of Python and Dask: nothing of ours has to be there."""
     from distributed import Client
-    from distributed.deploy.subprocess import SubprocessCluster
 
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "dask_shm_bridge").mkdir()
-    (hidden / "dask_shm_bridge" / "__init__.py").write_text("raise ImportError('not here')")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(hidden))
-        patch.chdir(tmp_path)  # which `python -m` looks in first
-        options = {"dashboard_address": ":0", "scheduler_file": str(tmp_path / "scheduler")}
-        with SubprocessCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            scheduler_kwargs=options,
-            worker_kwargs={"local_directory": str(tmp_path)},
-        ) as started:
-            address = started.scheduler_address
-            with Client(address, set_as_default=False) as client, pytest.raises(ImportError):
+    hidden = tmp_path / "hidden" / "dask_shm_bridge"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError('not here')")
+    file = tmp_path / "scheduler.json"
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
+    started = []
+    try:
+        for kind, options in (
+            ("scheduler", ["--port", "0"]),
+            ("worker", ["--no-nanny", "--nthreads", "1", "--local-directory", str(tmp_path)]),
+        ):
+            line = [sys.executable, "-m", "dask", kind, *common, *options]
+            started.append(
+                subprocess.Popen(
+                    line,
+                    env={**os.environ, "PYTHONPATH": str(hidden.parent)},
+                    cwd=tmp_path,  # which `python -m` looks in first
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+            assert eventually(file.exists, 60)
+        address = json.loads(file.read_text())["address"]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+            with pytest.raises(ImportError):
                 client.run_on_scheduler(importlib.import_module, "dask_shm_bridge")
-            assert eventually(lambda: len(peers_of.look(address, 30)) == 3, 60)
-            found = {result.name: result for result in peers_of.check(address, 30)}
+        found = {result.name: result for result in peers_of.check(address, 30)}
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait(30)
     assert found["scheduler"].state == "ok"
+    assert "1 workers" in found["scheduler"].text
     assert found["kernels"].state == "ok"
     assert "pools" not in found
     assert found["workers"].state == "ok"

@@ -73,7 +73,7 @@ DOCKER = """\
 473 387 0:143 / / rw,relatime master:181 - overlay overlay rw,lowerdir=/l/HO:/l/WU,upperdir=/u
 475 473 0:147 / /dev rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755
 488 475 0:151 / /dev/shm rw,nosuid,nodev,noexec,relatime - tmpfs shm rw,size=65536k
-490 473 0:130 /Source/project /work rw,noatime - 9p C:\\134 rw,dirsync,aname=drvfs;path=C:\\;\
+490 473 0:130 /Source/project /src rw,noatime - 9p C:\\134 rw,dirsync,aname=drvfs;path=C:\\;\
 uid=1000;gid=1000;symlinkroot=/mnt/,mmap,access=client,msize=65536,trans=fd,rfd=8,wfd=8
 491 473 8:32 /home/me/x /test rw,relatime - ext4 /dev/sdc rw,discard,errors=remount-ro
 492 473 0:160 /Users/me/x /users rw,relatime - fakeowner grpcfuse rw,nosuid,nodev
@@ -343,7 +343,7 @@ def test_wsl1() -> None:
         ("/root", "local"),
         ("/dev/shm/x", "local"),
         ("/test/x", "local"),
-        ("/work/x", "other-kernel"),
+        ("/src/x", "other-kernel"),
         ("/users/x", "other-kernel"),
     ],
 )
@@ -441,10 +441,10 @@ def test_windows_names_are_tidied(path: str, windows: str) -> None:
 
 def test_the_mount_table_says_where_drives_are() -> None:
     system = linux(DOCKER)
-    assert translate("C:\\Source\\project\\a", to="linux", system=system) == "/work/a"
-    assert translate("c:\\source\\PROJECT", to="linux", system=system) == "/work"
-    assert translate("/work/a/b", to="windows", system=system) == "C:\\Source\\project\\a\\b"
-    assert translate("/work", to="windows", system=system) == "C:\\Source\\project"
+    assert translate("C:\\Source\\project\\a", to="linux", system=system) == "/src/a"
+    assert translate("c:\\source\\PROJECT", to="linux", system=system) == "/src"
+    assert translate("/src/a/b", to="windows", system=system) == "C:\\Source\\project\\a\\b"
+    assert translate("/src", to="windows", system=system) == "C:\\Source\\project"
     # What is not bound there has no name here but the usual one.
     assert translate("C:\\Sourceless", to="linux", system=system) == "/mnt/c/Sourceless"
     assert translate("C:\\Source\\projectX", to="linux", system=system) == "/mnt/c/Source/projectX"
@@ -476,6 +476,7 @@ def test_virtiofs_and_wsl1_are_drives_as_well() -> None:
 def test_the_folder_of_drives(text: str, root: str) -> None:
     system = linux(NATIVE, **{"/etc/wsl.conf": text})
     assert wsl.automount_root(system) == root
+    assert wsl.automount_root(machine({"/etc/wsl.conf": text}, kind="windows")) == "/mnt"
     path = translate("D:\\x", to="linux", system=system)
     assert path == posixpath.join(root, "d", "x")
     assert translate(path, to="windows", system=system) == "D:\\x"

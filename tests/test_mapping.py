@@ -613,7 +613,7 @@ LAYERS = [
     *("errors", "layout", "events", "counters", "mapping", "legacy", "copying", "location"),
     *("config", "array_header"),
     *("record", "audit", "ledger", "views", "shipment", "walk", "inspection", "folder", "keeper"),
-    *("pool", "fork"),
+    *("store", "fork"),
 ]
 
 
@@ -630,7 +630,7 @@ def test_each_layer_imports_only_those_above_it():
             if module.startswith("dask_shm_bridge.")
         }
         allowed = {layer, *LAYERS[: LAYERS.index(layer)]}
-        if layer == "pool":
+        if layer == "store":
             allowed.add("fork")  # which registers itself with the pool's end
         assert ours <= allowed, name
     assert seen == set(LAYERS)
@@ -648,7 +648,7 @@ def test_layout_and_errors_are_pure():
 
 
 def test_the_store_does_not_know_distributed():
-    store = ("mapping", "ledger", "views", "folder", "copying", "pool", "fork")
+    store = ("mapping", "ledger", "views", "folder", "copying", "store", "fork")
     for name, tree in modules():
         if name.partition(".")[2].split(".")[0] in store:
             found = imported(tree, level="all")

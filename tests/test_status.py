@@ -62,7 +62,7 @@ def test_a_pool_that_this_process_has_joined(filled: Any) -> None:
     (member,) = seen.members
     assert (member.pid, member.role, member.held_bytes) == (os.getpid(), "client", 5 * MiB)
     # our lock is still ours: another process sees this one alive
-    code = "from dask_shm_bridge import pool; print(pool.attach().usage()['members'])"
+    code = "from dask_shm_bridge import store; print(store.attach().usage()['members'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "2", done.stderr
 
@@ -214,7 +214,7 @@ def test_nothing_to_clean(pool_folder: Path) -> None:
 
 
 def test_a_pool_of_the_dead_is_removed(pool_folder: Path) -> None:
-    code = "import os; from dask_shm_bridge import pool; pool.attach(); os._exit(0)"
+    code = "import os; from dask_shm_bridge import store; store.attach(); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     (left,) = pool_folder.glob("pool-*")
     done = run("clean")
@@ -229,7 +229,8 @@ def test_lanes_of_other_kernels_go_when_they_are_old(tmp_path: Path) -> None:
         file.write_bytes(b"x")
         (tmp_path / f"{file.name}.lock").write_bytes(b"")
     long_ago = time.time() - 2 * 86400
-    os.utime(old, (long_ago, long_ago))
+    for each in (old, tmp_path / f"{old.name}.lock"):
+        os.utime(each, (long_ago, long_ago))
     other = tmp_path / "mine.txt"
     other.write_text("mine")
     os.utime(other, (long_ago, long_ago))
@@ -267,3 +268,10 @@ def test_a_folder_of_others_is_refused(pool_folder: Path) -> None:
         look()
     assert run("status").exit_code == command.FAILED
     pool_folder.rmdir()
+
+
+def test_it_is_a_function_of_the_package(filled: Any) -> None:
+    import dask_shm_bridge
+
+    assert dask_shm_bridge.pool().id == filled.id
+    assert dask_shm_bridge.pool(str(filled.path)).used_bytes == 5 * MiB

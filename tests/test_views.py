@@ -43,13 +43,13 @@ class FullError(Exception):
 @pytest.fixture
 def small_pool(monkeypatch):
     """Join a pool of 16 slots of 512 KiB, quick to overwrite."""
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
     sizes = {"size": "8 MiB", "slot-size": "512 KiB"}
     for key, value in sizes.items():
         monkeypatch.setenv(environment_name(f"shm-bridge.pool.{key}"), value)
     with dask.config.set({f"shm-bridge.pool.{key}": value for key, value in sizes.items()}):
-        yield pool.attach()
+        yield store.attach()
 
 
 def payload(nbytes=NBYTES, seed=0):
@@ -429,8 +429,8 @@ def test_a_real_other_process_overwrites_nothing(small_pool, child):
     assert alive(small_pool) == 3
     other = child(
         """
-from dask_shm_bridge import pool
-shared = pool.attach()
+from dask_shm_bridge import store
+shared = store.attach()
 taken = 0
 while True:
     grants = [g for g in shared.ledger.allocate(
@@ -442,7 +442,7 @@ while True:
         break
 say(shared.usage()["used_bytes"])
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 """
     )

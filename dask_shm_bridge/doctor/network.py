@@ -16,7 +16,7 @@ from dask_shm_bridge.location import wsl
 
 NAT = (
     "from Windows, connect to the address that `wsl hostname -I` shows; 127.0.0.1 works too, "
-    "through a relay that is known to stall when both sides send much. From WSL, Windows is {}"
+    "through a relay that was reported to hang when both sides send much. From WSL, Windows is {}"
 )
 MIRRORED = (
     "use 127.0.0.1 in both directions. Workers have to be reached from the other side as well: "

@@ -119,6 +119,8 @@ def memory(machine: Machine) -> Iterator[Result]:
 def cgroup_limit(machine: Machine) -> int | None:
     """Return the memory limit of this process's control group, or of one above it."""
     least: int | None = None
+    if machine.system.kind != "linux":
+        return None
     for line in (machine.system.read("/proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
@@ -179,7 +181,8 @@ def limits(machine: Machine) -> Iterator[Result]:
 def overcommit(machine: Machine) -> Iterator[Result]:
     """Look whether private mappings count against a limit (proc_sys_vm(5))."""
     mode = (machine.system.read("/proc/sys/vm/overcommit_memory") or "").strip()
-    if mode not in ("0", "1", "2") or not _has_pool(machine):
+    linux = machine.system.kind == "linux"  # Wine shows a /proc to Windows programs
+    if not linux or mode not in ("0", "1", "2") or not _has_pool(machine):
         yield Result("overcommit", "n/a", "nothing to check here")
         return
     if mode != "2":

@@ -12,7 +12,7 @@ from dask_shm_bridge.mapping.direct import aligned
 if TYPE_CHECKING:
     from dask_shm_bridge.exchange.lane import FarLane
     from dask_shm_bridge.ledger import Grant
-    from dask_shm_bridge.pool import Pool
+    from dask_shm_bridge.store import Pool
 
 
 class Target:

@@ -123,7 +123,7 @@ def gateway(system: System | None = None) -> str | None:
 def automount_root(system: System | None = None) -> str:
     """Return the folder that drives are mounted in: /mnt, or what /etc/wsl.conf says."""
     system = system or System.this()
-    text = system.read("/etc/wsl.conf")
+    text = system.read("/etc/wsl.conf") if system.kind == "linux" else None
     root = "/mnt"
     if text is not None:
         parser = configparser.ConfigParser(interpolation=None, strict=False)

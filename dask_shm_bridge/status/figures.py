@@ -134,14 +134,14 @@ def look(path: str | None = None) -> PoolStatus:
 
 
 def _look(path: str, timeout_s: float) -> PoolStatus:
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
     with ExitStack() as stack:
         base = stack.enter_context(mapping.Directory(path))
         name = folder._current(base)
         if name is None:
             return PoolStatus(path, why="no process uses one")
-        for joined in pool.joined():
+        for joined in store.joined():
             if joined.attachment.name == name:  # to open its lock again would end our hold on it
                 with joined.ledger.record.reading() as tables:
                     return _status(path, joined.attachment.header, tables)
