@@ -383,7 +383,8 @@ class FarStream:
                 raise ValueError(f"the message's frame {place!r:.100} can't be replaced")
         if others:
             await self._comm._resolve(stream, frames, others)
-        self._inbox.append(assembly)
+        if self.end.alive:
+            self._inbox.append(assembly)
 
     async def _hear(self, stream: IOStream, op: str, *words: Any) -> None:
         if op == "piece":

@@ -23,11 +23,11 @@ import pytest
 from distributed import Client
 
 import dask_shm_bridge
-from dask_shm_bridge import config
+from dask_shm_bridge import config, store
 from dask_shm_bridge.exchange import lane, probe
 
 from . import tasks
-from .deployment import Deployment, MiB, environment, measured, usage
+from .deployment import Deployment, MiB, environment, leave, measured, usage
 from .test_mixed import named, routes_of
 
 SIZE = 4 * MiB
@@ -74,6 +74,10 @@ def sides(pool_config: dict[str, Any]) -> Iterator[Sides]:
             yield sides
             gc.collect()
             sweep()
+        for side in (sides.there, sides.here):  # who was killed last is still to be swept
+            with dask.config.set(side):
+                store.attach().attachment.sweep()
+                leave(Path(side["shm-bridge.pool.path"]))
         lane.close_all()
         probe._verdicts.clear()
         assert sides.lanes() == []
