@@ -1308,6 +1308,7 @@ def test_tls_exchanges_files_only_where_that_is_allowed(
     exchange: Path, allowed: bool, tmp_path: Path
 ) -> None:
     # their bytes are not encrypted, and there need not be a pool to say so
+    pytest.importorskip("cryptography", reason="makes the certificates")
     from distributed.security import Security
 
     security = Security.temporary()
