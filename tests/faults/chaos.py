@@ -427,12 +427,11 @@ class Chaos:
             return False
         if not rows["extent"]:
             return True
-        held: dict[str, list[Any]] = {}
         with Client(self.deployment.address, timeout=30, set_as_default=False) as client:
-            for kind in ({}, {"nanny": True}):
-                held |= client.run(held_here, on_error="return", **kind)
-            held["scheduler"] = client.run_on_scheduler(held_here)
-        answers = [some for some in held.values() if isinstance(some, list)]
+            found = [client.run_on_scheduler(held_here)]
+            for kind in ({}, {"nanny": True}):  # both answer by the worker's address
+                found += client.run(held_here, on_error="return", **kind).values()
+        answers = [some for some in found if isinstance(some, list)]
         views = {tuple(lease): text for some in answers for *lease, text in some}
         self.round.held = [f"{lease}: {text}" for lease, text in views.items()]
         return set(rows["lease"]) <= views.keys()
