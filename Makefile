@@ -78,6 +78,7 @@ bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)
 .PHONY: docs
 docs: .venv-docs/stamp ## the documentation, as HTML in build/docs; warnings are errors
 	@.venv-docs/bin/python -m sphinx -q -W --keep-going -n -d build/doctrees docs build/docs
+	@.venv-docs/bin/python -m pytest -q tests/test_docs.py -k 'not runs_as'
 	@echo build/docs/index.html
 
 .PHONY: fuzz

@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,11 @@ def private_pool(
 
 @contextlib.contextmanager
 def cluster(
-    n_workers: int = 2, protocol: str = "shm", *, config: dict[str, Any] | None = None, **kwargs: Any
+    n_workers: int = 2,
+    protocol: str = "shm",
+    *,
+    config: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Iterator[Client]:
     """Start a cluster whose workers are processes, and connect to it.
 
@@ -241,12 +245,12 @@ def cluster(
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     """Remember whether the test itself failed."""
-    report: Any = yield  # type: ignore[misc]
+    report = yield
     if report.when == "call":
         item.stash[_FAILED] = report.failed
-    return report  # noqa: B901
+    return report
 
 
 @pytest.fixture

@@ -86,7 +86,9 @@ def messages() -> list[Message]:
             kind = name.rpartition(".")[2]
             if how == "raise" and kind in SILENT:
                 continue
-            texts = [text for text in (text_of(a, constants) for a in args) if re.search(r"[a-z] ", text)]
+            texts = [
+                text for text in (text_of(a, constants) for a in args) if re.search(r"[a-z] ", text)
+            ]
             found += [Message(text, kind, f"{where}:{line}") for text in texts[:2]]
         if path.name == "errors.py":
             for node in ast.walk(tree):

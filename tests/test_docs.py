@@ -36,7 +36,6 @@ from dask_shm_bridge.cli import shm
 from dask_shm_bridge.layout import Layout
 from dask_shm_bridge.ledger import Ledger, Part
 
-
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -169,7 +168,8 @@ def main(blocks):
             assert not done.failed, where
             names.update(test.globs)
         elif kind == "command":
-            done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], stdin=subprocess.DEVNULL)
+            line = ["bash", "-euo", "pipefail", "-c", code]
+            done = subprocess.run(line, stdin=subprocess.DEVNULL)
             assert done.returncode == 0, f"{where}: {code}: {done.returncode}"
         else:
             linecache.cache[where] = (len(code), None, code.splitlines(True), where)

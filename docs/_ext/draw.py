@@ -67,8 +67,7 @@ def box(at: Point, width: float, height: float, fill: str = PAPER, radius: int =
 
 def arrow(path: str) -> str:
     return (
-        f"<path d='{path}' fill='none' stroke='{LINE}' stroke-width='1.8' "
-        "marker-end='url(#tip)'/>"
+        f"<path d='{path}' fill='none' stroke='{LINE}' stroke-width='1.8' marker-end='url(#tip)'/>"
     )
 
 
@@ -79,8 +78,8 @@ def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
             f"width='{width}' height='{height}' role='img'>",
             f"<title>{escape(title)}</title>",
             "<defs><marker id='tip' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
-            f"markerHeight='7' orient='auto-start-reverse'><path d='M0 0L10 5L0 10z' fill='{LINE}'/>"
-            "</marker></defs>",
+            "markerHeight='7' orient='auto-start-reverse'>"
+            f"<path d='M0 0L10 5L0 10z' fill='{LINE}'/></marker></defs>",
             f"<rect width='{width}' height='{height}' fill='{PAPER}'/>",
             *parts,
             "</svg>",
@@ -109,9 +108,7 @@ def _edge(start: Point, end: Point) -> tuple[str, Point]:
         (start.x + end.x) / 2 + 2 * bow * across.x, (start.y + end.y) / 2 + 2 * bow * across.y
     )
     first, last = _border(start, control), _border(end, control)
-    middle = Point(
-        (first.x + 2 * control.x + last.x) / 4, (first.y + 2 * control.y + last.y) / 4
-    )
+    middle = Point((first.x + 2 * control.x + last.x) / 4, (first.y + 2 * control.y + last.y) / 4)
     return (
         f"M{first.x:.1f} {first.y:.1f} Q{control.x:.1f} {control.y:.1f} {last.x:.1f} {last.y:.1f}",
         middle,
@@ -178,7 +175,9 @@ def pool() -> str:
         parts.append(box(Point(46 + slot * 49.4, 234), 45, 32, fill, 4))
     for x, words in ((143, "input"), (341, "output"), (638, "scratch")):
         parts.append(text(Point(x, 288), words, 13))
-    parts.append(text(Point(834, 222), "16 slots of 256 MiB, unused ones take no memory", 12, "end"))
+    parts.append(
+        text(Point(834, 222), "16 slots of 256 MiB, unused ones take no memory", 12, "end")
+    )
     parts.append(box(Point(30, 318), 820, 40, GREY))
     parts.append(
         text(Point(440, 343), "the ledger beside it: who may read or write which bytes", 14)
