@@ -44,6 +44,7 @@ numpydoc_show_class_members = False
 html_theme = "dask_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]
+html_css_files = ["local.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2}
