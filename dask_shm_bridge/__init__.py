@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from dask_shm_bridge.cuda.transfer import to_device
     from dask_shm_bridge.plugins import enable
     from dask_shm_bridge.statistics import stats
+    from dask_shm_bridge.status.figures import look as pool
 
 _LAZY = {
-    "enable": "dask_shm_bridge.plugins",
-    "remote": "dask_shm_bridge.callables",
-    "stats": "dask_shm_bridge.statistics",
-    "to_device": "dask_shm_bridge.cuda.transfer",
+    "enable": ("dask_shm_bridge.plugins", "enable"),
+    "pool": ("dask_shm_bridge.status.figures", "look"),
+    "remote": ("dask_shm_bridge.callables", "remote"),
+    "stats": ("dask_shm_bridge.statistics", "stats"),
+    "to_device": ("dask_shm_bridge.cuda.transfer", "to_device"),
 }
 
-__all__ = ["__version__", "enable", "remote", "stats", "to_device"]
+__all__ = ["__version__", "enable", "pool", "remote", "stats", "to_device"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,5 +36,6 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module, attribute = _LAZY[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

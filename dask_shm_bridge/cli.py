@@ -51,8 +51,44 @@ def sweep(arguments: tuple[str, ...]) -> None:
 
 @shm.command(context_settings=_FORWARD)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def doctor(arguments: tuple[str, ...]) -> None:
+    """Check this machine and a cluster, and say what to change (--help for options)."""
+    from dask_shm_bridge.doctor.command import main
+
+    raise SystemExit(main(list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def probe(arguments: tuple[str, ...]) -> None:
     """Show whether this process and a server may share memory, and how fast (--help)."""
     from dask_shm_bridge.exchange.command import main
 
     raise SystemExit(main(list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def status(arguments: tuple[str, ...]) -> None:
+    """Show what is in the pool: slots, members, leases and rates (--help for options)."""
+    from dask_shm_bridge.status.command import main
+
+    raise SystemExit(main("status", list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def config(arguments: tuple[str, ...]) -> None:
+    """Show the configuration, and whether it can be used (--help for options)."""
+    from dask_shm_bridge.status.command import main
+
+    raise SystemExit(main("config", list(arguments)))
+
+
+@shm.command(context_settings=_FORWARD)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def clean(arguments: tuple[str, ...]) -> None:
+    """Remove what nobody living uses (--help for options)."""
+    from dask_shm_bridge.status.command import main
+
+    raise SystemExit(main("clean", list(arguments)))

@@ -42,7 +42,7 @@ from distributed.protocol.pickle import HIGHEST_PROTOCOL
 from distributed.protocol.utils import unpack_frames
 from tornado.iostream import IOStream, StreamClosedError
 
-from dask_shm_bridge import config, counters, events, family, memory, pool, wire
+from dask_shm_bridge import config, counters, events, family, memory, store, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import (
@@ -93,7 +93,7 @@ _CAUSES = {
 class _Link:
     """What two peers agreed on: a pool, and a connection for each direction."""
 
-    def __init__(self, shared: pool.Pool, outgoing: int) -> None:
+    def __init__(self, shared: store.Pool, outgoing: int) -> None:
         self.pool = shared
         self.outgoing = outgoing
         self.numbers = 0  # of tickets sent
@@ -111,7 +111,7 @@ class ShmTCP(TCP):
     """A TCP connection beside a shared pool."""
 
     _link: _Link | None = None
-    _shared: pool.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
+    _shared: store.Pool | None = None  # `_pool` is taken: Dask's ConnectionPool sets it
     _connection: int | None = None  # the row of this comm's receiving direction
     _farewell: weakref.finalize[[int], Any] | None = None
     _write_lock: asyncio.Lock | None = None
@@ -175,12 +175,12 @@ class ShmTCP(TCP):
         if self._agree_on_pool(ours, theirs):
             self._end_exchange()
             return True
-        self._end_connection()
         if self._file is not None and isinstance(theirs, dict):
-            peer = peer_of(theirs)
-            if peer is not None and theirs.get("version") == VERSION:
+            peer, version = peer_of(theirs), theirs.get("version")
+            if peer is not None and type(version) is int and version == VERSION:
                 self._file.meet(peer)
-                return True
+                return True  # the row stays: this side's pool is used by what arrives
+        self._end_connection()
         self._end_exchange()
         return False
 
@@ -199,7 +199,7 @@ class ShmTCP(TCP):
         self._link = _Link(self._shared, outgoing)
         return True
 
-    def _receive_by(self, shared: pool.Pool, connection: int) -> None:
+    def _receive_by(self, shared: store.Pool, connection: int) -> None:
         self._connection = connection
         # Once, at the first of: end of the stream, abort, close, failed handshake, this object's
         # end. Never in the stream's close callback: it may run before messages were read.
@@ -213,7 +213,7 @@ class ShmTCP(TCP):
 
     def _end_exchange(self) -> None:
         if self._file is not None:
-            self._file.end()
+            self._file.close()
             self._file = None
 
     @property
@@ -320,7 +320,7 @@ class ShmTCP(TCP):
         for index in large:
             link.numbers += 1
             wanted.append(Frame(index, link.numbers, frames[index], sizes[index]))
-        region = pool.region()
+        region = store.region()
         shipment = None
         if sum(frame.nbytes for frame in wanted) <= _DIRECT_BYTES:
             with suppress(LedgerBusyError):
@@ -405,7 +405,7 @@ class ShmTCP(TCP):
             raise
 
     async def _write_in_pieces(self, link: _Link, source: np.ndarray) -> None:
-        region = pool.region()
+        region = store.region()
         done, since, pause = 0, time.monotonic(), 0.001
         while done < source.nbytes:
             left = source.nbytes - done
@@ -548,7 +548,7 @@ class ShmTCP(TCP):
             frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 
     async def _read_in_pieces(
-        self, shared: pool.Pool, connection: int, stream: IOStream, nbytes: int
+        self, shared: store.Pool, connection: int, stream: IOStream, nbytes: int
     ) -> memoryview:
         target = wire.new_buffer(nbytes)
         done = 0
@@ -577,20 +577,22 @@ class ShmTCP(TCP):
     def close(self) -> Any:
         """Close after what was written is flushed; what was not read is given back."""
         far = self._file
-        if far is not None and far.pending and not self.closed():
-            with suppress(RuntimeError):  # without a loop nobody can wait
-                return asyncio.ensure_future(self._close_far(far))
+        if far is not None and far.pending and not self.closed() and _looping():
+            return asyncio.ensure_future(self._close_far(far))
         future = super().close()  # it has begun, awaited or not
         self._end()
         return future
 
     async def _close_far(self, far: FarStream) -> None:
         """Close once the peer has read what lies in our lane."""
-        await far.drain()
-        if self._file is far:
-            self._file = None
-            far.end()
-        await self.close()
+        try:
+            await far.drain()
+        except BaseException:
+            self.abort()
+            raise
+        future = super().close()
+        self._end()
+        await future
 
     def _end(self) -> None:
         """Give back what this comm had in the pool and in the lane."""
@@ -598,7 +600,16 @@ class ShmTCP(TCP):
         self._end_exchange()
 
 
-async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+def _looping() -> bool:
+    """Say whether an event loop runs here, so that somebody can wait."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _run(shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job on the pool's threads; if nobody waits for it any more, it undoes itself."""
     try:
         future = shared.submit(job, *args)
@@ -611,7 +622,7 @@ async def _run(shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
         raise
 
 
-async def _insist(stream: IOStream, shared: pool.Pool, job: Callable[..., T], *args: Any) -> T:
+async def _insist(stream: IOStream, shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
     """Run a job that needs the ledger until it is had: what was sent must be read.
 
     A process that is stopped while it holds the ledger must not cost its peers their connections.
@@ -653,10 +664,10 @@ async def join_pool(comm: ShmTCP) -> None:
                 "shm-bridge.tls: true allows it",
             )
         else:
-            shared = pool.attached(settings.path)
+            shared = store.attached(settings.path)
             if shared is None:
                 loop = asyncio.get_running_loop()
-                shared = await loop.run_in_executor(None, pool.attach, settings)
+                shared = await loop.run_in_executor(None, store.attach, settings)
             comm._shared = shared
     except Exception as error:
         comm._cause = "unsupported" if isinstance(error, PoolUnsupportedError) else "no-pool"
@@ -671,13 +682,26 @@ async def _join_exchange(comm: ShmTCP) -> None:
         settings = config.ExchangeSettings.from_config()
         if settings.path is None or settings.mode == "tcp":
             return
+        if comm._encrypted and not config.flag("tls"):
+            return
         own = asyncio.get_running_loop().run_in_executor(None, lane.own, settings)
-        found = await asyncio.shield(own)
+        try:
+            found = await asyncio.shield(own)
+        except asyncio.CancelledError:
+            own.add_done_callback(_leave_lane)
+            raise
     except Exception as error:
         counters.explain("exchange", str(error) if isinstance(error, PoolError) else repr(error))
         return
     if found is not None:
         comm._file = FarStream(comm, found)
+
+
+def _leave_lane(own: asyncio.Future[lane.Lane | None]) -> None:
+    """Count nobody for a comm that did not wait for its lane."""
+    found = None if own.cancelled() or own.exception() is not None else own.result()
+    if found is not None:
+        found.leave({})
 
 
 family.register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -186,8 +187,14 @@ class Settings:
         elif not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
             raise PoolError(f"shm-bridge.pool.path: {path!r} is no folder's name")
         else:
-            path = _absolute(path)
-            if _foreign(path):  # it is the exchange folder: see ExchangeSettings
+            path = _folder("pool.path", path)
+            kind = _kind(path)
+            if kind == "network":
+                raise PoolError(
+                    f"shm-bridge.pool.path: {path} lies on another host's file system, which can't "
+                    "be memory that processes share: choose a local folder, such as one in /dev/shm"
+                )
+            if kind == "other-kernel":  # it is the exchange folder: see ExchangeSettings
                 path = mapping.default_pool_path()
         hold = get("hold-limit")
         if not isinstance(hold, (int, float)) or isinstance(hold, bool) or not 0 <= hold <= 1:
@@ -201,7 +208,7 @@ class Settings:
             threshold_bytes=threshold,
             hold_limit=float(hold),
             copy_threads=_copy_threads(),
-            tls=_flag("tls"),
+            tls=flag("tls"),
             ledger_timeout_s=_seconds("ledger-timeout"),
             linger_s=_seconds("pool.linger"),
         )
@@ -257,10 +264,10 @@ class ExchangeSettings:
         path = _exchange_path()
         return cls(
             path=path,
-            foreign=path is not None and _foreign(path),
+            foreign=path is not None and _kind(path) != "local",
             mode=mode,
             size_bytes=size,
-            piece_bytes=grains(min(piece, size - GRAIN_BYTES)),
+            piece_bytes=min(grains(piece), size // GRAIN_BYTES * GRAIN_BYTES - GRAIN_BYTES),
             linger_s=_seconds("pool.linger"),
         )
 
@@ -274,23 +281,39 @@ def _exchange_path() -> str | None:
         path = get("pool.path")
         if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
             return None
-        path = _absolute(path)
-        return path if os.name == "nt" or _foreign(path) else None
+        from dask_shm_bridge import mapping
+
+        path = _folder("pool.path", path)
+        return path if mapping.WINDOWS or _kind(path) == "other-kernel" else None
     if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
         raise PoolError(f"shm-bridge.exchange.path: {path!r} is no folder's name")
-    return _absolute(path)
+    return _folder("exchange.path", path)
 
 
-def _absolute(path: Any) -> str:
-    return os.path.abspath(os.path.expanduser(str(path)))
+def _folder(key: str, path: Any) -> str:
+    """Return a folder's absolute name on this side, also of one that is given by the other's."""
+    from dask_shm_bridge import location, mapping
+
+    name = os.path.expanduser(str(path))
+    try:
+        if mapping.WINDOWS and name.startswith(("/", "\\\\")):
+            name = location.translate(name, "windows")
+        elif not mapping.WINDOWS and _OF_WINDOWS.match(name):
+            name = location.translate(name, "linux")
+    except PoolError as error:
+        raise PoolError(f"shm-bridge.{key}: {error}") from None
+    return os.path.abspath(name)
+
+
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 @cache
-def _foreign(path: str) -> bool:
-    """Say whether a path lies on a file system of another kernel; looked up once a process."""
+def _kind(path: str) -> str:
+    """Say whose file system a path lies on (`Location.kind`); looked up once a process."""
     from dask_shm_bridge import location
 
-    return location.foreign(path)
+    return location.describe(path).kind
 
 
 NO_GPU_MODES = ("wait", "cpu", "error")
@@ -337,14 +360,15 @@ class PlacementSettings:
         if no_gpu not in NO_GPU_MODES:
             raise PoolError(f"shm-bridge.placement.no-gpu: {no_gpu!r} is not in {NO_GPU_MODES}")
         return cls(
-            enabled=_flag("placement.enabled"),
+            enabled=flag("placement.enabled"),
             modules=tuple(modules),
             no_gpu=no_gpu,
-            scheduler_devices=_flag("placement.scheduler-devices"),
+            scheduler_devices=flag("placement.scheduler-devices"),
         )
 
 
-def _flag(key: str) -> bool:
+def flag(key: str) -> bool:
+    """Return a value that is true or false; a PoolError if it is neither."""
     value = get(key)
     if not isinstance(value, bool):
         raise PoolError(f"shm-bridge.{key}: {value!r} is neither true nor false")

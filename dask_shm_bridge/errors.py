@@ -42,6 +42,10 @@ class PoolLayoutError(PoolError):
         )
 
 
+class LocationError(PoolError):
+    """A path has no name on the other side, or lies where no pool may lie; the message says why."""
+
+
 class HeaderError(BridgeError):
     """The header of an array that a peer sent does not fit its bytes; nothing was made of it."""
 

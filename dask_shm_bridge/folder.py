@@ -69,7 +69,7 @@ class Attachment:
     name: str
     header: Header
     pool_fd: int
-    directory_fd: int
+    directory: mapping.Directory
     ledger_lock_fd: int
     ledger: Ledger
     member: int
@@ -93,20 +93,17 @@ class Attachment:
         try:
             with _locked(self.path) as base:
                 self.member_lock.close()
-                members = mapping.open_directory("members", dir_fd=self.directory_fd)
-                try:
+                with self.directory.directory("members") as members:
                     if left:
                         _unlink(_member_name(self.member), members)
                     empty = not _alive(members)
-                finally:
-                    os.close(members)
                 if empty:
                     _remove(self.name, base)
         except (OSError, PoolError) as error:
             logger.debug("the pool in %s was left without its lock: %s", self.path, error)
         finally:
             self.member_lock.close()
-            os.close(self.directory_fd)
+            self.directory.close()
             _joined.discard(self.name)
 
     def stay(self, leases: Iterable[int]) -> None:
@@ -118,22 +115,17 @@ class Attachment:
         with contextlib.suppress(LedgerError):
             self.ledger.leave([self.member], keep=leases)
         with contextlib.suppress(OSError, PoolError), _turn, _locked(self.path) as base:
-            members = mapping.open_directory("members", dir_fd=self.directory_fd)
-            try:
-                own = _member_name(self.member)  # asking about ourselves would drop our lock
-                if not _alive(members, own):
-                    _remove(self.name, base)
-            finally:
-                os.close(members)
+            own = _member_name(self.member)  # asking about ourselves would drop our lock
+            with self.directory.directory("members") as members:
+                alone = not _alive(members, own)
+            if alone:
+                _remove(self.name, base)
 
     def guard(self, leases: Iterable[tuple[int, int]]) -> mapping.GuardLock:
         """Give a child that is about to be forked leases of its own; close the result after."""
         member = secrets.randbits(63) | 1
-        members = mapping.open_directory("members", dir_fd=self.directory_fd)
-        try:
-            lock = mapping.GuardLock(_member_name(member, GUARD), dir_fd=members)
-        finally:
-            os.close(members)
+        with self.directory.directory("members") as members:
+            lock = mapping.GuardLock(_member_name(member, GUARD), members)
         try:
             self.ledger.guard(member, os.getpid(), leases)
         except BaseException:
@@ -154,16 +146,13 @@ class Attachment:
             return False
         with _locked(self.path, create=True) as base, ExitStack() as stack:
             with contextlib.suppress(FileExistsError):
-                mapping.create_directory(self.name, dir_fd=base)
-            directory = mapping.open_directory(self.name, dir_fd=base)
-            stack.callback(os.close, directory)
+                base.create_directory(self.name)
+            directory = stack.enter_context(base.directory(self.name))
             with contextlib.suppress(FileExistsError):
-                mapping.create_directory("members", dir_fd=directory)
-            members = mapping.open_directory("members", dir_fd=directory)
-            stack.callback(os.close, members)
-            lock = mapping.MemberLock(_member_name(self.member), dir_fd=members)
-            # Other threads may be using this descriptor: the number stays.
-            os.dup2(directory, self.directory_fd, inheritable=False)
+                directory.create_directory("members")
+            members = stack.enter_context(directory.directory("members"))
+            lock = mapping.MemberLock(_member_name(self.member), members)
+            self.directory.become(directory)
             self.member_lock.close()
             self.member_lock = lock
         return True
@@ -175,20 +164,18 @@ class Attachment:
         was removed by hand, or at the end of a session (RemoveIPC= in logind.conf(5)).
         """
         try:
-            members = mapping.open_directory("members", dir_fd=self.directory_fd)
+            members = self.directory.directory("members")
         except FileNotFoundError:
             return []
-        try:
-            there = set(os.listdir(members))
+        with members:
+            there = set(members.names())
             return [
                 member.id
                 for member in self.ledger.members()
                 if member.id != self.member
                 and (name := _member_name(member.id, member.role)) in there
-                and not mapping.is_alive(name, dir_fd=members)
+                and not mapping.is_alive(name, members)
             ]
-        finally:
-            os.close(members)
 
     def sweep(self) -> int:
         """Take dead members out of the ledger; return how many extents became free."""
@@ -196,13 +183,10 @@ class Attachment:
         if not dead:
             return 0
         freed = self.ledger.leave(dead)
-        members = mapping.open_directory("members", dir_fd=self.directory_fd)
-        try:
+        with self.directory.directory("members") as members:
             for member in dead:
                 _unlink(_member_name(member), members)
                 _unlink(_member_name(member, GUARD), members)
-        finally:
-            os.close(members)
         logger.info("swept %d dead members from the pool in %s", len(dead), self.path)
         return freed
 
@@ -255,8 +239,8 @@ def attach(settings: Settings, role: str) -> Attachment:
 
 
 @contextmanager
-def _locked(path: str, *, create: bool = False) -> Iterator[int]:
-    """Open the folder and hold its lock; yield the folder's descriptor."""
+def _locked(path: str, *, create: bool = False) -> Iterator[mapping.Directory]:
+    """Open the folder and hold its lock; yield the folder."""
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     with ExitStack() as stack:
         if not _turn.acquire(timeout=_LOCK_TIMEOUT_S):
@@ -267,10 +251,9 @@ def _locked(path: str, *, create: bool = False) -> Iterator[int]:
             if create:
                 with contextlib.suppress(FileExistsError):
                     mapping.create_directory(path)
-            base = mapping.open_directory(path)
-            opened.callback(os.close, base)
-            lock = mapping.open_file("lock", dir_fd=base, create=True)
-            opened.callback(os.close, lock)  # which also unlocks it
+            base = opened.enter_context(mapping.Directory(path))
+            lock = base.open_file("lock", create=True)
+            opened.callback(os.close, lock)
             while not mapping.try_lock(lock):
                 if time.monotonic() > deadline:
                     raise PoolError(
@@ -278,15 +261,16 @@ def _locked(path: str, *, create: bool = False) -> Iterator[int]:
                         "stopped in the middle of joining the pool there?"
                     )
                 time.sleep(0.005)
+            opened.callback(mapping.unlock, lock)  # Windows does it some time after the closing
             if not mapping.is_removed(lock) or time.monotonic() > deadline:
                 break
             opened.close()  # somebody removed all files while we waited: others lock a new one
         yield base
 
 
-def _current(base: int) -> str | None:
+def _current(base: mapping.Directory) -> str | None:
     try:
-        fd = mapping.open_file("current", dir_fd=base)
+        fd = base.open_file("current")
     except FileNotFoundError:
         return None
     try:
@@ -296,29 +280,27 @@ def _current(base: int) -> str | None:
     return name if _NAME.fullmatch(name) else None
 
 
-def _in_use(name: str, base: int) -> bool:
+def _in_use(name: str, base: mapping.Directory) -> bool:
     """Say whether a member of the pool lives, whatever the pool's format."""
     if name in _joined:
         return True
     with ExitStack() as stack:
         try:
-            directory = mapping.open_directory(name, dir_fd=base)
-            stack.callback(os.close, directory)
-            members = mapping.open_directory("members", dir_fd=directory)
+            directory = stack.enter_context(base.directory(name))
+            members = stack.enter_context(directory.directory("members"))
         except FileNotFoundError:
             return False
-        stack.callback(os.close, members)
         return bool(_alive(members))
 
 
-def _alive(members: int, but: str = "") -> list[str]:
-    names = [name for name in os.listdir(members) if name != but]
-    return [name for name in names if mapping.is_alive(name, dir_fd=members)]
+def _alive(members: mapping.Directory, but: str = "") -> list[str]:
+    names = [name for name in members.names() if name != but]
+    return [name for name in names if mapping.is_alive(name, members)]
 
 
-def _create(settings: Settings, base: int) -> str:
+def _create(settings: Settings, base: mapping.Directory) -> str:
     asked = settings.layout or Layout()
-    room = int(mapping.filesystem_bytes(base) * _FILL)
+    room = int(base.filesystem_bytes() * _FILL)
     # 0: a tmpfs without a limit. The ledger needs its place too.
     layout = asked.shrunk(room - record_bytes(asked.shrunk(room))) if room else asked
     if layout != asked:
@@ -334,18 +316,17 @@ def _create(settings: Settings, base: int) -> str:
     try:
         with ExitStack() as stack:
             for _ in range(2):  # short of descriptors, `_remove` must have what it needs
-                stack.callback(os.close, os.dup(base))
-            mapping.create_directory(name, dir_fd=base)
-            directory = mapping.open_directory(name, dir_fd=base)
-            stack.callback(os.close, directory)
-            mapping.create_directory("members", dir_fd=directory)
-            mapping.create_directory("ledger", dir_fd=directory)
-            os.close(mapping.open_file("ledger.lock", dir_fd=directory, exclusive=True))
-            pool = mapping.open_file("pool", dir_fd=directory, exclusive=True)
+                stack.enter_context(base.duplicate())
+            base.create_directory(name)
+            directory = stack.enter_context(base.directory(name))
+            directory.create_directory("members")
+            directory.create_directory("ledger")
+            os.close(directory.open_file("ledger.lock", exclusive=True))
+            pool = directory.open_file("pool", exclusive=True)
             stack.callback(os.close, pool)
-            os.ftruncate(pool, layout.file_bytes)
+            mapping.extend(pool, layout.file_bytes)
             mapping.commit(pool, 0, HEADER_SIZE)
-            os.pwrite(pool, header.pack(), 0)
+            mapping.write_at(pool, header.pack(), 0)
             Ledger.create(os.path.join(str(settings.path), name, "ledger"), layout)
         _publish(name, base)
     except BaseException:
@@ -354,22 +335,21 @@ def _create(settings: Settings, base: int) -> str:
     return name
 
 
-def _publish(name: str, base: int) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink("current.new", dir_fd=base)
-    fd = mapping.open_file("current.new", dir_fd=base, exclusive=True)
+def _publish(name: str, base: mapping.Directory) -> None:
+    _unlink("current.new", base)
+    fd = base.open_file("current.new", exclusive=True)
     try:
         try:
             os.write(fd, name.encode())
         finally:
             os.close(fd)
-        os.rename("current.new", "current", src_dir_fd=base, dst_dir_fd=base)
+        base.replace("current.new", "current")
     except BaseException:
         _unlink("current.new", base)
         raise
 
 
-def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
+def _join(settings: Settings, name: str, base: mapping.Directory, role: str) -> Attachment:
     path = str(settings.path)
     if name in _joined:
         raise PoolError(
@@ -377,29 +357,27 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
             "thread that is just leaving it: use one shm-bridge.pool.path"
         )
     with ExitStack() as stack:
-        directory = mapping.open_directory(name, dir_fd=base)
-        stack.callback(os.close, directory)
-        pool = mapping.open_file("pool", dir_fd=directory)
+        directory = stack.enter_context(base.directory(name))
+        pool = directory.open_file("pool")
         stack.callback(os.close, pool)
         header = _read_header(path, name, pool)
         if settings.layout is not None and settings.layout != header.asked:
             raise PoolLayoutError(path, str(settings.layout), str(header.asked))
-        lock = mapping.open_file("ledger.lock", dir_fd=directory)
+        lock = directory.open_file("ledger.lock")
         stack.callback(os.close, lock)
-        members = mapping.open_directory("members", dir_fd=directory)
-        stack.callback(os.close, members)
+        members = stack.enter_context(directory.directory("members"))
         _check_ledger(directory, header.layout, lock if _unclean(members) else None, settings)
         ledger = Ledger(
             os.path.join(path, name, "ledger"), lock, header.layout, settings.ledger_timeout_s
         )
         stack.callback(ledger.close)
         member = secrets.randbits(63) | 1
-        member_lock = mapping.MemberLock(_member_name(member), dir_fd=members)
+        member_lock = mapping.MemberLock(_member_name(member), members)
         stack.callback(_unlink, _member_name(member), members)
         stack.callback(member_lock.close)
         ledger.join(member, os.getpid(), role)
         stack.pop_all()
-        os.close(members)
+        members.close()
     _joined.add(name)
     attachment = Attachment(path, name, header, pool, directory, lock, ledger, member, member_lock)
     try:
@@ -409,26 +387,27 @@ def _join(settings: Settings, name: str, base: int, role: str) -> Attachment:
     return attachment
 
 
-def _unclean(members: int) -> bool:
+def _unclean(members: mapping.Directory) -> bool:
     """Say whether a member has died here without leaving, and nobody has swept since.
 
     The files of members are the pool's clean mark: who leaves takes its own along, and who sweeps
     has used the ledger after that death, and lives.
     """
-    names = [name for name in os.listdir(members) if not name.startswith(mapping.GUARD_PREFIX)]
-    return any(not mapping.is_alive(name, dir_fd=members) for name in names)
+    names = [name for name in members.names() if not name.startswith(mapping.GUARD_PREFIX)]
+    return any(not mapping.is_alive(name, members) for name in names)
 
 
-def _check_ledger(directory: int, layout: Layout, lock: int | None, settings: Settings) -> None:
+def _check_ledger(
+    directory: mapping.Directory, layout: Layout, lock: int | None, settings: Settings
+) -> None:
     """See that the ledger is there: LMDB would make another one beside that of the members.
 
     With a `lock`, the ledger's own, it is walked through in a child process first.
     """
     nbytes = record_bytes(layout)
     with ExitStack() as stack:
-        ledger = mapping.open_directory("ledger", dir_fd=directory)
-        stack.callback(os.close, ledger)
-        data = mapping.open_file("data.mdb", dir_fd=ledger)
+        ledger = stack.enter_context(directory.directory("ledger"))
+        data = ledger.open_file("data.mdb")
         stack.callback(os.close, data)
         inspection.check_size(data, nbytes)
         if lock is not None:
@@ -437,7 +416,7 @@ def _check_ledger(directory: int, layout: Layout, lock: int | None, settings: Se
 
 def _read_header(path: str, name: str, pool: int) -> Header:
     try:
-        header = Header.unpack(os.pread(pool, HEADER_SIZE, 0))
+        header = Header.unpack(mapping.read_at(pool, HEADER_SIZE, 0))
     except PoolError as error:
         raise PoolError(f"the pool in {path} is in use, but it is {error}") from None
     size = os.fstat(pool).st_size
@@ -449,39 +428,38 @@ def _read_header(path: str, name: str, pool: int) -> Header:
     return header
 
 
-def _remove_unused(base: int, keep: str | None = None) -> None:
+def _remove_unused(base: mapping.Directory, keep: str | None = None) -> None:
     """Remove what dead processes left: pools that no living member uses."""
-    for name in os.listdir(base):
+    for name in base.names():
         if _NAME.fullmatch(name) and name != keep and not _in_use(name, base):
-            _remove(name, base)
+            try:
+                _remove(name, base)
+            except OSError as error:
+                if not mapping.still_open(error):
+                    raise
+                logger.debug("%s can't be removed yet: %s", name, error)
 
 
-def _remove(name: str, base: int) -> None:
+def _remove(name: str, base: mapping.Directory) -> None:
     """Remove a pool's folder and, if it is the current one, the pointer to it."""
     if _current(base) == name:
         _unlink("current", base)
     with contextlib.suppress(FileNotFoundError):
-        directory = mapping.open_directory(name, dir_fd=base)
-        try:
+        with base.directory(name) as directory:
             for sub in ("members", "ledger"):
                 with contextlib.suppress(FileNotFoundError):
-                    fd = mapping.open_directory(sub, dir_fd=directory)
-                    try:
-                        for entry in os.listdir(fd):
-                            _unlink(entry, fd)
-                    finally:
-                        os.close(fd)
-                    os.rmdir(sub, dir_fd=directory)
-            for entry in os.listdir(directory):  # also files that another version has made
+                    with directory.directory(sub) as folder:
+                        for entry in folder.names():
+                            _unlink(entry, folder)
+                    directory.remove_directory(sub)
+            for entry in directory.names():  # also files that another version has made
                 _unlink(entry, directory)
-        finally:
-            os.close(directory)
-        os.rmdir(name, dir_fd=base)
+        base.remove_directory(name)
 
 
-def _unlink(name: str, dir_fd: int) -> None:
+def _unlink(name: str, directory: mapping.Directory) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=dir_fd)
+        directory.unlink(name)
 
 
 def _member_name(member: int, role: str = "") -> str:

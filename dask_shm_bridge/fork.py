@@ -13,12 +13,12 @@ import logging
 import os
 from typing import Any
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 
 logger = logging.getLogger("dask_shm_bridge")
 
 _guards: list[Any] = []
-_unguarded: list[pool.Pool] = []
+_unguarded: list[store.Pool] = []
 
 
 def register() -> None:
@@ -30,7 +30,7 @@ def register() -> None:
 
 
 def _before() -> None:
-    for joined in pool.joined():
+    for joined in store.joined():
         try:
             guard = joined.guard()
         except Exception as error:
@@ -55,7 +55,7 @@ def _after_in_child() -> None:
         _unguarded.clear()
         _kept.extend(_guards)  # open for as long as this process lives
         _guards.clear()
-        pool.forget()
+        store.forget()
 
 
 _kept: list[Any] = []

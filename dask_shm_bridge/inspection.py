@@ -17,6 +17,7 @@ from dask_shm_bridge.errors import LedgerBusyError, LedgerDamagedError
 TIMEOUT_S = 5.0
 _PROGRAM = Path(__file__).with_name("walk.py")
 _UNSOUND = 3
+_CRASHED = 0xC0000000  # on Windows, of a process that an exception has ended (NTSTATUS)
 _BLOCK_BYTES = 1 << 18
 
 
@@ -54,16 +55,16 @@ def walk(data_fd: int, lock_fd: int, nbytes: int, timeout_s: float) -> None:
     OSError
         If no child can be started, or it can't do its work: then nothing is known.
     """
-    copy = mapping.memory_file("shm-bridge-ledger")
+    copy = mapping.Scratch("shm-bridge-ledger")
     try:
         lock(lock_fd, timeout_s)
         try:
-            _copy(data_fd, copy, nbytes)
+            _copy(data_fd, copy.fd, nbytes)
         finally:
             mapping.unlock(lock_fd)
         _run(copy, nbytes)
     finally:
-        os.close(copy)
+        copy.close()
 
 
 def lock(lock_fd: int, timeout_s: float) -> None:
@@ -84,23 +85,24 @@ def lock(lock_fd: int, timeout_s: float) -> None:
 def _copy(source: int, target: int, nbytes: int) -> None:
     """Copy by read and write: a file that was made shorter meanwhile ends, and kills nobody."""
     for start in range(0, nbytes, _BLOCK_BYTES):
-        data = os.pread(source, min(nbytes - start, _BLOCK_BYTES), start)
+        data = mapping.read_at(source, min(nbytes - start, _BLOCK_BYTES), start)
         if data.count(0) < len(data):  # the rest is a hole, and reads as zeros too
-            os.pwrite(target, data, start)
-    os.ftruncate(target, nbytes)
+            mapping.write_at(target, data, start)
+    mapping.extend(target, nbytes)
 
 
-def _run(copy: int, nbytes: int) -> None:
+def _run(copy: mapping.Scratch, nbytes: int) -> None:
+    path, inherited = copy.hand_over()
     # Isolated, and without the folder that the program lies in: its neighbours have names of the
     # standard library's modules.
     line = [sys.executable or "python", "-I", "-S", str(_PROGRAM)]
-    line += [str(copy), str(nbytes), json.dumps([entry for entry in sys.path if entry])]
+    line += [path, str(nbytes), json.dumps([entry for entry in sys.path if entry])]
     child = subprocess.Popen(
         line,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        pass_fds=[copy],
+        pass_fds=inherited,
     )
     with child:
         try:
@@ -111,6 +113,8 @@ def _run(copy: int, nbytes: int) -> None:
             raise LedgerDamagedError(f"a walk through it did not end in {TIMEOUT_S:g} s") from None
     if child.returncode == _UNSOUND:
         raise LedgerDamagedError(out.decode("utf-8", "replace").strip()[:500])
+    if child.returncode >= _CRASHED:
+        raise LedgerDamagedError(f"a walk through it ended by exception {child.returncode:#x}")
     if child.returncode < 0:
         name = str(-child.returncode)
         with contextlib.suppress(ValueError):

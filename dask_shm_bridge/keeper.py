@@ -26,7 +26,7 @@ from dask_shm_bridge.ledger import GUARD
 from dask_shm_bridge.views import Claim
 
 if TYPE_CHECKING:
-    from dask_shm_bridge.pool import Pool
+    from dask_shm_bridge.store import Pool
 
 logger = logging.getLogger("dask_shm_bridge")
 

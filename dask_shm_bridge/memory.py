@@ -20,7 +20,7 @@ import psutil
 from distributed.system_monitor import SystemMonitor
 from distributed.worker_memory import NannyMemoryManager
 
-from dask_shm_bridge import mapping, pool
+from dask_shm_bridge import mapping, store
 
 _MARK = "_dask_shm_bridge"
 
@@ -43,7 +43,7 @@ def _of_worker(original: Any) -> Any:
     @functools.wraps(original)
     def get_process_memory(self: SystemMonitor) -> int:
         memory: int = original(self)
-        return max(0, memory - mapping.shared_bytes()) if pool.in_use() else memory
+        return max(0, memory - mapping.shared_bytes()) if store.in_use() else memory
 
     setattr(get_process_memory, _MARK, True)
     return get_process_memory

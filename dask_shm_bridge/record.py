@@ -142,10 +142,10 @@ class Record:
             raise LedgerError(f"the ledger in {path} can't be made: {error}") from error
         finally:
             env.close()
-        fd = os.open(os.path.join(path, "data.mdb"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with mapping.Directory(path) as folder:
+            fd = folder.open_file("data.mdb")
         try:
-            os.ftruncate(fd, nbytes)
-            mapping.commit(fd, 0, nbytes)
+            mapping.allocate(fd, nbytes)
         finally:
             os.close(fd)
 

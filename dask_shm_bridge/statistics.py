@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Any
 
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 from dask_shm_bridge.errors import BridgeError
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -55,7 +55,7 @@ def local_stats() -> dict[str, Any]:
     figures["connections"] = _connections()
     probe = sys.modules.get("dask_shm_bridge.exchange.probe")
     figures["exchange"] = {} if probe is None else probe.verdicts()
-    joined = pool.attached()
+    joined = store.attached()
     try:
         figures["pool"] = None if joined is None else joined.usage()
     except BridgeError:  # the ledger is busy, or the pool was left just now

@@ -1,10 +1,10 @@
 """Views: what a process sees of the extents it holds, and when it stops holding them.
 
-A reader gets a slice of a copy-on-write mapping of the whole pool: writeable, not copied, and
-isolated, since a store reaches only a private copy of its page. Copy-on-write is per mapping, not
-per view, so that two living views of the same bytes must not share one: each claims its range of
-pages in one of at most `MAPPINGS` mappings, and the range stays claimed until the last array over
-it has died and its private pages, if any, are dropped.
+A reader gets a slice of a copy-on-write mapping: writeable, not copied, and isolated, since a store
+reaches only a private copy of its page. Copy-on-write is per mapping, not per view, so that two
+living views of the same bytes must not share one: each has a range of pages for itself
+(`mapping.Ranges`), until the last array over it has died and its private pages, if any, are
+dropped.
 
 A finalizer runs wherever the garbage collector happens to, also inside the locks of this module.
 So it does one thing: it puts a key on a queue that the pool's keeper thread reads.
@@ -31,7 +31,7 @@ from dask_shm_bridge.errors import LedgerError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.ledger import Grant, Part
 
-MAPPINGS = 8
+MAPPINGS = mapping.MAPPINGS  # how many views of the same bytes there can be; None: any
 
 
 class _View(np.ndarray):
@@ -56,14 +56,16 @@ class _Farewell:
 
 
 class Claim:
-    """A range of pages of one private mapping, taken by one lease.
+    """A range of copy-on-write pages, taken by one lease.
 
     Attributes
     ----------
     grant : Grant
         The lease, and where its bytes lie in the pool.
-    mapping : int
-        Which of the private mappings.
+    range : mapping.Range
+        The pages.
+    address : int
+        Where the extent starts in this process.
     leased : bool
         False once the range was detached: its pages are private and the lease is given back.
     held : int
@@ -74,22 +76,20 @@ class Claim:
 
     __slots__ = (
         "_reference",
+        "address",
         "born",
-        "first",
         "grant",
         "held",
-        "last",
         "leased",
-        "mapping",
         "number",
+        "range",
     )
 
-    def __init__(self, number: int, grant: Grant, which: int, first: int, last: int) -> None:
+    def __init__(self, number: int, grant: Grant, taken: mapping.Range) -> None:
         self.number = number
         self.grant = grant
-        self.mapping = which
-        self.first = first
-        self.last = last
+        self.range = taken
+        self.address = taken.address + HEADER_BYTES + grant.offset - taken.first
         self.leased = True
         self.held = 0
         self.born = time.monotonic()
@@ -120,14 +120,12 @@ class Views:
     """
 
     def __init__(self, fd: int, layout: Layout, events: SimpleQueue[tuple[str, Any]]) -> None:
-        self._fd = fd
-        self._nbytes = layout.file_bytes
         self._events = events
         self._lock = threading.Lock()
-        self._mappings: list[Any] = []
-        self._starts: list[list[int]] = []  # by mapping: first byte of each claim, sorted
-        self._ranges: list[list[Claim]] = []  # the claims, in the same order
+        self._ranges = mapping.Ranges(fd, layout.file_bytes)
         self._claims: dict[int, Claim] = {}
+        self._addresses: list[int] = []  # of the claims, sorted
+        self._by_address: list[Claim] = []  # the claims, in the same order
         self._number = 0
         self._leased_bytes = 0
         # Made now, so that a process without the address space has no pool, and no lazy surprise.
@@ -149,7 +147,7 @@ class Views:
         return array
 
     def claim(self, grant: Grant) -> memoryview | None:
-        """Return a writeable, isolated view of an extent; None where all mappings have it taken.
+        """Return a writeable, isolated view of an extent; None where none is to be had.
 
         The lease is the view's from now on.
         """
@@ -159,59 +157,29 @@ class Views:
         with self._lock:
             if self._closed:
                 raise LedgerError("the pool was left")
-            for which in range(MAPPINGS):
-                if which == len(self._mappings) and not self._add_mapping():
-                    break
-                starts, ranges = self._starts[which], self._ranges[which]
-                place = bisect.bisect_left(starts, first)
-                if place and ranges[place - 1].last > first:
-                    continue
-                if place < len(starts) and starts[place] < last:
-                    continue
-                self._number += 1
-                claim = Claim(self._number, grant, which, first, last)
-                view = np.ndarray.__new__(
-                    _View,
-                    grant.nbytes,
-                    np.uint8,
-                    self._mappings[which].buffer,
-                    HEADER_BYTES + grant.offset,
-                )
-                claim._reference = weakref.ref(view, _Farewell(self._events, claim.number))
-                starts.insert(place, first)
-                ranges.insert(place, claim)
-                self._claims[claim.number] = claim
-                self._leased_bytes += grant.nbytes
-                return view.data
-        return None
-
-    def _add_mapping(self) -> bool:
-        """Make another private mapping of the pool; False where there is no room for one."""
-        try:
-            self._mappings.append(mapping.Mapping(self._fd, self._nbytes, private=True))
-        except OSError:
-            return False
-        self._starts.append([])
-        self._ranges.append([])
-        return True
+            taken = self._ranges.take(first, last)
+            if taken is None:
+                return None
+            self._number += 1
+            claim = Claim(self._number, grant, taken)
+            start = taken.start + HEADER_BYTES + grant.offset - first
+            view = np.ndarray.__new__(_View, grant.nbytes, np.uint8, taken.buffer, start)
+            claim._reference = weakref.ref(view, _Farewell(self._events, claim.number))
+            place = bisect.bisect_left(self._addresses, claim.address)
+            self._addresses.insert(place, claim.address)
+            self._by_address.insert(place, claim)
+            self._claims[claim.number] = claim
+            self._leased_bytes += grant.nbytes
+            return view.data
 
     def find(self, address: int, nbytes: int) -> Claim | None:
         """Return the leased claim that memory at `address` lies in, whole; None if none does."""
         with self._lock:
-            for which in range(len(self._mappings)):
-                base = self._mappings[which].address
-                if not base <= address < base + self._nbytes:
-                    continue
-                offset = address - base
-                place = bisect.bisect_right(self._starts[which], offset)
-                if not place:
-                    return None
-                claim = self._ranges[which][place - 1]
-                start = HEADER_BYTES + claim.grant.offset
-                end = start + claim.grant.nbytes
-                if claim.leased and start <= offset and offset + nbytes <= end:
+            place = bisect.bisect_right(self._addresses, address)
+            if place:
+                claim = self._by_address[place - 1]
+                if claim.leased and address + nbytes <= claim.address + claim.grant.nbytes:
                     return claim
-                return None
         return None
 
     def holds(self, frame: Any) -> bool:
@@ -233,15 +201,14 @@ class Views:
             with self._lock:
                 if claim.leased:
                     claim.held += 1
-                    private = self._mappings[claim.mapping]
                 else:
                     claim = None
         if claim is None:
             yield None
             return
         try:
-            offset = address - private.address
-            yield Held(offset - HEADER_BYTES, partial(private.written, offset, nbytes))
+            written = partial(claim.range.written, address - claim.range.address, nbytes)
+            yield Held(claim.grant.offset + address - claim.address, written)
         finally:
             with self._lock:
                 claim.held -= 1
@@ -252,38 +219,29 @@ class Views:
         None unless that memory lies in one leased claim and nobody has written into its pages.
         """
         claim = self.find(address, nbytes)
-        if claim is None:
+        if claim is None or claim.range.written(address - claim.range.address, nbytes):
             return None
-        private = self._mappings[claim.mapping]
-        offset = address - private.address
-        if private.written(offset, nbytes):
-            return None
-        start = offset - HEADER_BYTES - claim.grant.offset + claim.grant.start
+        start = claim.grant.start + address - claim.address
         return Part(claim.grant.extent, claim.grant.lease, start, nbytes)
 
     def ended(self, number: int) -> tuple[int, int] | None:
-        """Forget a claim whose arrays have died; return the lease (extent, lease) to give back.
-
-        Pages that nobody wrote stay mapped and warm: they show whatever the pool holds next.
-        """
+        """Forget a claim whose arrays have died; return the lease (extent, lease) to give back."""
         claim = self._claims[number]
-        private = self._mappings[claim.mapping]
-        length = claim.last - claim.first
-        if not claim.leased or private.written(claim.first, length):
-            private.drop(claim.first, length)
+        claim.range.clean(private=not claim.leased)
         with self._lock:
             del self._claims[number]
             self._leased_bytes -= claim.grant.nbytes if claim.leased else 0
-            ranges = self._ranges[claim.mapping]
-            place = bisect.bisect_left(self._starts[claim.mapping], claim.first)
-            assert ranges[place] is claim
-            del ranges[place], self._starts[claim.mapping][place]
+            place = bisect.bisect_left(self._addresses, claim.address)
+            assert self._by_address[place] is claim
+            del self._by_address[place], self._addresses[place]
+            self._ranges.give_back(claim.range)
         return (claim.grant.extent, claim.grant.lease) if claim.leased else None
 
     def detach(self, claim: Claim) -> tuple[int, int] | None:
         """Give a living view pages of its own, in place; return the lease to give back.
 
-        None if memory is short, somebody holds it, or it has died; then nothing changed. Only the
+        None if memory is short, somebody holds it, it has died, or the platform can't do that (on
+        Windows a view keeps its lease for life); then nothing changed. Only the
         thread that calls `ended` may call this: otherwise the range could have been claimed
         anew, and its next view would see these private pages.
         """
@@ -292,7 +250,7 @@ class Views:
                 return None
             claim.leased = False  # so that nobody begins to hold it
         try:
-            self._mappings[claim.mapping].privatise(claim.first, claim.last - claim.first)
+            claim.range.privatise()
         except OSError:
             claim.leased = True
             return None
@@ -308,12 +266,10 @@ class Views:
     def privatise_all(self) -> None:
         """Give all living views pages of their own; for a forked child, which shares no lease."""
         for claim in self._claims.values():
-            private = self._mappings[claim.mapping]
             try:
-                private.privatise(claim.first, claim.last - claim.first)
+                claim.range.privatise()
             except OSError:  # before Linux 5.14; nobody else writes there in a child of one thread
-                pages = private.array[claim.first : claim.last : mapping.PAGE_BYTES]
-                pages[:] = pages.copy()
+                claim.range.copy_pages()
 
     def close(self) -> None:
         """Let go of the mappings; living arrays keep theirs.
@@ -324,8 +280,9 @@ class Views:
         with self._lock:
             self._closed = True
             self._shared = None
-            for of_mappings in (self._mappings, self._starts, self._ranges, self._claims):
-                of_mappings.clear()
+            self._ranges.close()
+            for claims in (self._claims, self._addresses, self._by_address):
+                claims.clear()
             self._leased_bytes = 0
 
     def __len__(self) -> int:

@@ -9,8 +9,9 @@ The copy lies in memory that has no name; nothing of the pool is opened or chang
 
 from __future__ import annotations
 
+import contextlib
 import json
-import resource
+import os
 import sys
 
 _KEY = b"tables"
@@ -29,6 +30,7 @@ def walk(path: str, nbytes: int, writes: int) -> None:
     """
     import lmdb
 
+    os.stat(path)  # LMDB would make it
     env = lmdb.open(
         path,
         subdir=False,
@@ -56,13 +58,16 @@ def walk(path: str, nbytes: int, writes: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Walk the file that is inherited as a descriptor; 0 if it is sound, 3 if it is not."""
-    fd, nbytes, path = arguments
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    """Walk the file that is named; 0 if it is sound, 3 if it is not."""
+    file, nbytes, path = arguments
+    with contextlib.suppress(ImportError):  # Windows has no limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     sys.path[:] = json.loads(path)
     try:
-        walk(f"/proc/self/fd/{fd}", int(nbytes), writes=2)
+        walk(file, int(nbytes), writes=2)
     except ImportError:
         raise
     except Exception as error:  # LMDB's own, whose class is not known here before the import

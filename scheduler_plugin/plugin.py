@@ -164,7 +164,7 @@ class ShmSchedulerPlugin(SchedulerPlugin):
 
 
 def _sweep() -> None:
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
-    for joined in pool.joined():
+    for joined in store.joined():
         joined.events.put(("sweep", None))

@@ -72,7 +72,7 @@ def bridge_threads() -> set[threading.Thread]:
 
 def leave(folder: Path) -> None:
     """Leave the pool in `folder`; pools in other folders are other fixtures' affair."""
-    module = sys.modules.get("dask_shm_bridge.pool")
+    module = sys.modules.get("dask_shm_bridge.store")
     if module is None:
         return
     if set(module._pools) <= {str(folder)}:
@@ -129,9 +129,9 @@ def settings() -> Callable[..., Any]:
 @pytest.fixture
 def small_pool() -> Any:
     """Join this test's pool: 16 slots of 4 MiB."""
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
-    return pool.attach()
+    return store.attach()
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def cluster(
     At the end nothing may be left in the ledger but connections and members. Futures are
     cancelled for that, but what the test itself still holds it must drop before (``del``).
     """
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
     def drained(client: Any) -> None:
         from distributed.utils import TimeoutError as DaskTimeoutError
@@ -286,7 +286,7 @@ def cluster(
         if client.status == "running":
             with contextlib.suppress(DaskTimeoutError):
                 client.cancel(list(client.futures), force=True)
-        joined = pool.attached(str(pool_folder))
+        joined = store.attached(str(pool_folder))
         if joined is None:
             return
         counts: dict[str, int] = {}

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 
 
-def placed(joined: pool.Pool, x: np.ndarray) -> np.ndarray:
+def placed(joined: store.Pool, x: np.ndarray) -> np.ndarray:
     """Put an array into an extent; return a view of it there."""
 
     def fill(grant: Any) -> None:

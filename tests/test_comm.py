@@ -15,7 +15,7 @@ import pytest
 from distributed.comm import CommClosedError, connect, listen
 from distributed.protocol import Serialize, to_serialize
 
-from dask_shm_bridge import backends, counters, pool
+from dask_shm_bridge import backends, counters, store
 
 MiB = 1024 * 1024
 
@@ -32,7 +32,7 @@ def test_a_write_to_a_broken_connection_keeps_nothing_alive() -> None:
         comm = await connect(listener.contact_address)
         await comm.write([to_serialize(np.ones(MiB, "u1"))])
         (x,) = await comm.read()
-        joined = pool.attached()
+        joined = store.attached()
         assert joined is not None and len(joined.views) >= 1, "x came through the pool"
         stream = comm.stream
         stream.socket.shutdown(socket.SHUT_RDWR)
@@ -47,7 +47,7 @@ def test_a_write_to_a_broken_connection_keeps_nothing_alive() -> None:
     ended = asyncio.run(talk())
     gc.collect()
     assert ended() is None
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     joined.settle()
     counts = joined.ledger.usage()["counts"]

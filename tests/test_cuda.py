@@ -27,7 +27,7 @@ from dask._task_spec import Task
 from distributed.protocol import deserialize, serialize
 from placing import moved, placed
 
-from dask_shm_bridge import counters, pool, to_device
+from dask_shm_bridge import counters, store, to_device
 from dask_shm_bridge.cuda import arrays, pinning, runtime, tasks, transfer, worker
 from dask_shm_bridge.errors import BridgeError, HeaderError
 from dask_shm_bridge.layout import HEADER_BYTES
@@ -48,10 +48,10 @@ def cupy() -> Iterator[Any]:
 
 
 @pytest.fixture
-def joined(cupy: Any) -> Iterator[pool.Pool]:
+def joined(cupy: Any) -> Iterator[store.Pool]:
     """A pool whose slots this process registers."""
     with dask.config.set({"shm-bridge.hold-limit": 1}):
-        joined = pool.attach()
+        joined = store.attach()
         worker._pin(joined)
         yield joined
         pins, joined.pins = joined.pins, None
@@ -61,7 +61,7 @@ def joined(cupy: Any) -> Iterator[pool.Pool]:
             assert eventually(lambda: gc.collect() >= 0 and leases(joined) == 0), leases(joined)
 
 
-def leases(joined: pool.Pool) -> int:
+def leases(joined: store.Pool) -> int:
     joined.settle()
     return int(joined.ledger.usage()["counts"]["lease"])
 
@@ -79,7 +79,7 @@ def shared(x: Any) -> tuple[Any, list[Any]]:
 # ------------------------------------------------------------------------------- registrations
 
 
-def test_nothing_is_registered_before_it_is_used(joined: pool.Pool, cupy: Any) -> None:
+def test_nothing_is_registered_before_it_is_used(joined: store.Pool, cupy: Any) -> None:
     assert joined.pins.pinned_bytes == 0
     x = placed(joined, numbers(MiB))
     assert joined.pins.settle()
@@ -88,7 +88,7 @@ def test_nothing_is_registered_before_it_is_used(joined: pool.Pool, cupy: Any) -
     del x
 
 
-def test_extent_over_two_slots(joined: pool.Pool) -> None:
+def test_extent_over_two_slots(joined: store.Pool) -> None:
     data = numbers(SLOT + MiB, 3)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -97,7 +97,7 @@ def test_extent_over_two_slots(joined: pool.Pool) -> None:
     assert moved(before) == {"pinned": SLOT + MiB, "staged": 0, "pageable": 0}
 
 
-def test_extent_half_registered(joined: pool.Pool, cupy: Any) -> None:
+def test_extent_half_registered(joined: store.Pool, cupy: Any) -> None:
     joined.pins.close()
     joined.pins = pinning.Pins(joined, SLOT)  # room for one slot
     data = numbers(SLOT + MiB, 4)
@@ -121,7 +121,7 @@ def test_extent_half_registered(joined: pool.Pool, cupy: Any) -> None:
 @pytest.mark.parametrize(
     "part", [slice(1, 2 * SLOT), slice(SLOT - 1, SLOT + 1), slice(SLOT, 2 * SLOT)]
 )
-def test_part_of_an_extent(joined: pool.Pool, part: slice) -> None:
+def test_part_of_an_extent(joined: store.Pool, part: slice) -> None:
     data = numbers(3 * SLOT, 5)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -131,7 +131,7 @@ def test_part_of_an_extent(joined: pool.Pool, part: slice) -> None:
 
 
 def test_copy_before_its_slot_is_registered(
-    joined: pool.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
+    joined: store.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go = threading.Event(), threading.Event()
     register = cupy.cuda.runtime.hostRegister
@@ -155,7 +155,7 @@ def test_copy_before_its_slot_is_registered(
 
 
 def test_refused_registration(
-    joined: pool.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
+    joined: store.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
         raise cupy.cuda.runtime.CUDARuntimeError(2)
@@ -173,7 +173,7 @@ def test_refused_registration(
 
 
 def test_no_pinned_memory_at_all(
-    joined: pool.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
+    joined: store.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
         raise cupy.cuda.runtime.CUDARuntimeError(2)
@@ -191,13 +191,13 @@ def test_no_pinned_memory_at_all(
     assert moved(before, "from_device") == {"pinned": 0, "staged": 0, "pageable": 2 * SLOT}
 
 
-def test_unregistered_when_the_pool_is_left(joined: pool.Pool, cupy: Any) -> None:
+def test_unregistered_when_the_pool_is_left(joined: store.Pool, cupy: Any) -> None:
     x = placed(joined, numbers(MiB))
     assert joined.pins.settle()
     address, mapped = joined.pins.address(0), joined.views.shared
     assert address == mapped.address + HEADER_BYTES
     assert address in cupy.fake.registered
-    pool.detach_all()
+    store.detach_all()
     assert address not in cupy.fake.registered
     np.testing.assert_array_equal(to_device(x).get(), numbers(MiB))  # still right
     np.testing.assert_array_equal(deserialize(*serialize(cupy.asarray(x))).get(), numbers(MiB))
@@ -205,7 +205,7 @@ def test_unregistered_when_the_pool_is_left(joined: pool.Pool, cupy: Any) -> Non
 
 
 def test_slots_that_wait_are_not_registered_once_the_pool_is_left(
-    joined: pool.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
+    joined: store.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go, calls = threading.Event(), threading.Event(), []
     register = cupy.cuda.runtime.hostRegister
@@ -230,7 +230,7 @@ def test_slots_that_wait_are_not_registered_once_the_pool_is_left(
     np.testing.assert_array_equal(to_device(x).get(), numbers(4 * SLOT))
 
 
-def test_nothing_is_unregistered_under_a_copy(joined: pool.Pool, cupy: Any) -> None:
+def test_nothing_is_unregistered_under_a_copy(joined: store.Pool, cupy: Any) -> None:
     data = numbers(2 * SLOT, 8)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -253,7 +253,7 @@ def test_nothing_is_unregistered_under_a_copy(joined: pool.Pool, cupy: Any) -> N
 
 
 def test_a_copy_that_never_ends_keeps_its_memory_registered(
-    joined: pool.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
+    joined: store.Pool, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pinning, "PATIENCE_S", 0.05)
     x = placed(joined, numbers(MiB))
@@ -271,7 +271,7 @@ def test_a_copy_that_never_ends_keeps_its_memory_registered(
 # ---------------------------------------------------------------------------------------- leases
 
 
-def test_held_view_is_not_detached(joined: pool.Pool) -> None:
+def test_held_view_is_not_detached(joined: store.Pool) -> None:
     x = placed(joined, numbers(MiB))
     (claim,) = joined.views.oldest()
     with joined.views.hold(x.ctypes.data, x.nbytes) as held:
@@ -285,7 +285,7 @@ def test_held_view_is_not_detached(joined: pool.Pool) -> None:
     np.testing.assert_array_equal(x, numbers(MiB))
 
 
-def test_no_lease_is_given_back_while_the_device_reads(joined: pool.Pool, cupy: Any) -> None:
+def test_no_lease_is_given_back_while_the_device_reads(joined: store.Pool, cupy: Any) -> None:
     data = numbers(MiB, 9)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -307,7 +307,7 @@ def test_no_lease_is_given_back_while_the_device_reads(joined: pool.Pool, cupy: 
     assert seen == [(None, 1)]
 
 
-def test_no_lease_is_given_back_while_the_device_writes(joined: pool.Pool, cupy: Any) -> None:
+def test_no_lease_is_given_back_while_the_device_writes(joined: store.Pool, cupy: Any) -> None:
     warm = placed(joined, numbers(MiB))
     assert joined.pins.settle()
     del warm
@@ -328,7 +328,7 @@ def test_no_lease_is_given_back_while_the_device_writes(joined: pool.Pool, cupy:
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_error_while_the_device_writes(joined: pool.Pool, cupy: Any, after: int) -> None:
+def test_error_while_the_device_writes(joined: store.Pool, cupy: Any, after: int) -> None:
     x = cupy.asarray(numbers(2 * SLOT, 12))
     warm = placed(joined, numbers(2 * SLOT))
     assert joined.pins.settle()
@@ -344,7 +344,7 @@ def test_error_while_the_device_writes(joined: pool.Pool, cupy: Any, after: int)
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_error_while_the_device_reads(joined: pool.Pool, cupy: Any, after: int) -> None:
+def test_error_while_the_device_reads(joined: store.Pool, cupy: Any, after: int) -> None:
     data = numbers(2 * SLOT, 13)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -394,7 +394,7 @@ def arrays_of_all_kinds() -> list[Any]:
 
 @pytest.mark.parametrize("x", arrays_of_all_kinds())
 @pytest.mark.parametrize("where", ["private", "pool"])
-def test_to_device_keeps_values(joined: pool.Pool, cupy: Any, x: np.ndarray, where: str) -> None:
+def test_to_device_keeps_values(joined: store.Pool, cupy: Any, x: np.ndarray, where: str) -> None:
     wanted = x.copy()
     if where == "pool" and x.nbytes:
         flat = np.lib.array_utils if hasattr(np.lib, "array_utils") else np
@@ -417,7 +417,7 @@ def test_to_device_keeps_values(joined: pool.Pool, cupy: Any, x: np.ndarray, whe
 @pytest.mark.parametrize("way", ["dask", "pickle", "in a list"])
 @pytest.mark.parametrize("usable", [True, False])
 def test_device_arrays_keep_values(
-    joined: pool.Pool, cupy: Any, x: np.ndarray, way: str, usable: bool
+    joined: store.Pool, cupy: Any, x: np.ndarray, way: str, usable: bool
 ) -> None:
     if not x.dtype.isnative:
         pytest.skip("no device has such numbers")
@@ -446,7 +446,7 @@ def test_device_arrays_keep_values(
     np.testing.assert_array_equal(result.get() if usable else result, wanted)
 
 
-def test_written_array_is_not_read_from_the_pool(joined: pool.Pool) -> None:
+def test_written_array_is_not_read_from_the_pool(joined: store.Pool) -> None:
     data = numbers(MiB, 15)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -456,7 +456,7 @@ def test_written_array_is_not_read_from_the_pool(joined: pool.Pool) -> None:
     assert moved(before) == {"pinned": 0, "staged": MiB, "pageable": 0}
 
 
-def test_detached_array_is_not_read_from_the_pool(joined: pool.Pool) -> None:
+def test_detached_array_is_not_read_from_the_pool(joined: store.Pool) -> None:
     data = numbers(MiB, 16)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -497,7 +497,7 @@ def test_stages_of_several_threads_do_not_mix(cupy: Any) -> None:
 @pytest.mark.parametrize("non_blocking", [True, False])
 @pytest.mark.parametrize("nbytes", [1000, MiB])
 def test_what_a_kernel_still_writes_is_waited_for(
-    joined: pool.Pool, cupy: Any, non_blocking: bool, nbytes: int
+    joined: store.Pool, cupy: Any, non_blocking: bool, nbytes: int
 ) -> None:
     x = cupy.asarray(np.zeros(nbytes, np.uint8))
     with cupy.cuda.Stream(non_blocking=non_blocking) as stream:
@@ -560,7 +560,7 @@ def test_a_header_that_does_not_fit_its_frame_is_refused(
 # --------------------------------------------------------------------------------------- pickles
 
 
-def test_other_pickles_are_left_alone(joined: pool.Pool, cupy: Any) -> None:
+def test_other_pickles_are_left_alone(joined: store.Pool, cupy: Any) -> None:
     x = cupy.asarray(numbers(MiB, 21))
     plain = pickle.dumps(x)
     serialize([x], serializers=["pickle"])  # ours is registered now
@@ -585,7 +585,7 @@ def test_the_reducer_of_another_library_is_kept(cupy: Any) -> None:
     assert pickle.loads(pickle.dumps(x)) == "another's"
 
 
-def test_array_within_an_object_is_copied_once(joined: pool.Pool, cupy: Any) -> None:
+def test_array_within_an_object_is_copied_once(joined: store.Pool, cupy: Any) -> None:
     x = cupy.asarray(numbers(MiB, 22))
     before = counters.device_snapshot()
     header, frames = serialize({"a": [x]}, serializers=["pickle"])
@@ -595,14 +595,14 @@ def test_array_within_an_object_is_copied_once(joined: pool.Pool, cupy: Any) -> 
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_pickle_protocols(joined: pool.Pool, cupy: Any, protocol: int) -> None:
+def test_pickle_protocols(joined: store.Pool, cupy: Any, protocol: int) -> None:
     x = cupy.asarray(numbers(MiB, 23))
     with arrays.pickling():
         data = pickle.dumps([x], protocol)
     np.testing.assert_array_equal(pickle.loads(data)[0].get(), numbers(MiB, 23))
 
 
-def test_array_beside_what_only_dask_can_pickle(joined: pool.Pool, cupy: Any) -> None:
+def test_array_beside_what_only_dask_can_pickle(joined: store.Pool, cupy: Any) -> None:
     x = cupy.asarray(numbers(MiB, 24))
     value = [x, memoryview(b"abc")]  # plain pickle can't: Dask's own pickler is next
     header, frames = serialize(value, serializers=["pickle"])
@@ -611,7 +611,7 @@ def test_array_beside_what_only_dask_can_pickle(joined: pool.Pool, cupy: Any) ->
     assert bytes(result[1]) == b"abc"
 
 
-def test_array_in_an_expression_of_a_lambda(joined: pool.Pool, cupy: Any) -> None:
+def test_array_in_an_expression_of_a_lambda(joined: store.Pool, cupy: Any) -> None:
     x = cupy.asarray(numbers(MiB, 25))
     header, frames = serialize(lambda: x, serializers=["pickle"])
     np.testing.assert_array_equal(deserialize(header, frames)().get(), numbers(MiB, 25))
@@ -628,7 +628,7 @@ print(int(x.sum()))
 
 
 @pytest.mark.parametrize("kind", ["device", "stand-in"])
-def test_pickle_loads_without_this_package(joined: pool.Pool, cupy: Any, kind: str) -> None:
+def test_pickle_loads_without_this_package(joined: store.Pool, cupy: Any, kind: str) -> None:
     x = cupy.asfortranarray(cupy.arange(1 << 18).reshape(4, -1))
     with arrays.pickling():
         data = pickle.dumps([x])
@@ -712,7 +712,7 @@ def test_using_what_is_not_on_the_device_is_an_error(cupy: Any) -> None:
     np.testing.assert_array_equal(one.again().get(), numbers(MiB, 29))
 
 
-def test_no_thread_to_place_an_array_in_time(joined: pool.Pool, cupy: Any) -> None:
+def test_no_thread_to_place_an_array_in_time(joined: store.Pool, cupy: Any) -> None:
     go = threading.Event()
     jobs = [joined._jobs.submit(go.wait, 60) for _ in range(joined._jobs._max_workers)]
     before = counters.snapshot()["fallbacks"].get("busy", 0)
@@ -725,7 +725,7 @@ def test_no_thread_to_place_an_array_in_time(joined: pool.Pool, cupy: Any) -> No
 
 
 def test_full_file_system_is_not_a_refusal(
-    joined: pool.Pool, monkeypatch: pytest.MonkeyPatch
+    joined: store.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "full")
@@ -758,7 +758,7 @@ def test_a_worker_that_must_have_a_gpu(
     assert "shm://one has no CuPy or no GPU" in caplog.text
 
 
-def test_crowded_pool_is_no_error(joined: pool.Pool, cupy: Any) -> None:
+def test_crowded_pool_is_no_error(joined: store.Pool, cupy: Any) -> None:
     x = cupy.asarray(numbers(8 * MiB, 26))
     kept = [shared(x) for _ in range(9)]  # 64 MiB
     for _, (frame,) in kept:

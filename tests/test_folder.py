@@ -902,10 +902,10 @@ def test_the_folder_vanishes_under_a_member(settings, pool_folder):
 FORK = """
 import gc, os, time
 import numpy as np
-from dask_shm_bridge import pool, mapping
+from dask_shm_bridge import store, mapping
 from dask_shm_bridge.layout import HEADER_BYTES
 
-shared = pool.attach()
+shared = store.attach()
 data = np.random.default_rng(1).integers(0, 256, 1 << 20, np.uint8)
 
 def lend():
@@ -934,9 +934,9 @@ def test_a_forked_child_has_a_membership_of_its_own(settings, pool_folder, child
 before = shared.member
 pid = os.fork()
 if not pid:
-    assert pool.attached() is None
+    assert store.attached() is None
     assert np.array_equal(view, data)
-    mine = pool.attach()
+    mine = store.attach()
     assert mine is not shared
     assert mine.member != before
     assert mine.id == shared.id
@@ -950,7 +950,7 @@ if not pid:
     gc.collect()
     mine.settle()
     assert mine.usage()["leases"] >= 1  # the parent's is still there
-    pool.detach_all()
+    store.detach_all()
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 say([before, counts()["lease"], bool(np.array_equal(view, data))])
@@ -960,7 +960,7 @@ gc.collect()
 shared.settle()
 say(len(shared.views))
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -994,7 +994,7 @@ hear()
 scribble()
 say(bool(np.array_equal(view, data)))
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -1050,7 +1050,7 @@ while counts()["lease"] and time.monotonic() < deadline:
     time.sleep(0.05)
 say(counts()["lease"])
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -1112,9 +1112,9 @@ context = multiprocessing.get_context("fork")
 taken = []
 
 def work(number):
-    from dask_shm_bridge import pool
-    assert pool.attached() in (None, *taken)
-    mine = pool.attach()
+    from dask_shm_bridge import store
+    assert store.attached() in (None, *taken)
+    mine = store.attach()
     taken[:] = [mine]
     return [int(view.sum()), mine.member]
 
@@ -1128,7 +1128,7 @@ hear()
 scribble()
 say(bool(np.array_equal(view, data)))
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -1160,9 +1160,9 @@ for _ in range(15):
     pid = os.fork()
     if not pid:
         assert np.array_equal(view, data)
-        mine = pool.attach()
+        mine = store.attach()
         assert mine.usage()["members"] >= 3
-        pool.detach_all()
+        store.detach_all()
         os._exit(0)
     deadline = time.monotonic() + 20
     while True:
@@ -1182,7 +1182,7 @@ for thread in threads:
     thread.join()
 say(status)
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from conftest import bridge_threads, descriptors, eventually, leftovers
 
-from dask_shm_bridge import counters, mapping, pool
+from dask_shm_bridge import counters, mapping, store
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import LedgerBusyError, LedgerError, PoolError, StaleTicketError
 from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
-from dask_shm_bridge.pool import Frame
+from dask_shm_bridge.store import Frame
 from dask_shm_bridge.views import MAPPINGS
 
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
@@ -80,7 +80,7 @@ def connection(small_pool):
 
 
 def attach_with(**changes):
-    return pool.attach(dataclasses.replace(Settings.from_config(), **changes))
+    return store.attach(dataclasses.replace(Settings.from_config(), **changes))
 
 
 # ----------------------------------------------------------------------------- one process
@@ -405,9 +405,9 @@ def test_a_hold_limit_of_nothing_copies_everything():
 
 WRITER = """
 import numpy as np
-from dask_shm_bridge import pool
-from dask_shm_bridge.pool import Frame
-joined = pool.attach()
+from dask_shm_bridge import store
+from dask_shm_bridge.store import Frame
+joined = store.attach()
 
 def payload(nbytes, seed):
     return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
@@ -445,7 +445,7 @@ while n < 16 and time.monotonic() < deadline:
     time.sleep(0.05)
 say([n, refused])
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -499,10 +499,10 @@ def test_a_full_file_system_is_a_fallback(tmp_path):
         received = take(joined, connection, shipment)
         assert [bytes(b) for b in received.buffers] == [a.tobytes() for a in arrays]
         del received
-        pool.detach_all()
+        store.detach_all()
         assert leftovers(path / "pool") == []
     finally:
-        pool.detach_all()
+        store.detach_all()
         del joined
         gc.collect()
         subprocess.run(["umount", "-l", str(path)], check=True)
@@ -537,7 +537,7 @@ while True:
 
 def test_a_sender_may_die_right_after_sending(small_pool, child):
     connection = small_pool.connect()
-    for end in ("os._exit(0)", "os.kill(os.getpid(), 9)", "pool.detach_all()"):
+    for end in ("os._exit(0)", "os.kill(os.getpid(), 9)", "store.detach_all()"):
         other = child(
             WRITER
             + f"""
@@ -574,7 +574,7 @@ say([shipment.referenced, shipment.copied])
 del buffer
 joined.settle()
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -664,7 +664,7 @@ for t in threads: t.start()
 for t in threads: t.join()
 say(None)
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -703,7 +703,7 @@ from dask_shm_bridge.layout import HEADER_BYTES
 joined.views.shared.array[HEADER_BYTES:] = 0x55
 say(joined.usage()["leases"])
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 hear()
 """
@@ -713,13 +713,13 @@ hear()
     (buffer,) = take(small_pool, connection, send(small_pool, connection, array)).buffers
     numbers = np.frombuffer(buffer, np.uint8)
     numbers[7] = array[7] = array[7] ^ 1
-    pool.detach_all()
-    assert pool.attached() is None
+    store.detach_all()
+    assert store.attached() is None
     assert other.ask() == 0  # the lease was given back
     assert np.array_equal(numbers, array)
     numbers[:] = 3  # and writeable
     # a new membership does not touch them either
-    again = pool.attach()
+    again = store.attach()
     assert again is not small_pool
     more = take(again, mine := again.connect(), send(again, mine, payload(seed=8))).buffers
     scribble(again)
@@ -732,7 +732,7 @@ hear()
 
 def test_close_ends_everything(pool_folder):
     threads = bridge_threads()
-    joined = pool.attach()
+    joined = store.attach()
     connection = joined.connect()
     send(joined, connection, payload(40 * MiB))
     assert len(bridge_threads()) > len(threads)
@@ -742,12 +742,12 @@ def test_close_ends_everything(pool_folder):
     assert eventually(lambda: bridge_threads() <= threads)
     gc.collect()
     assert descriptors(pool_folder) == []  # whoever still refers to `joined`, as closed comms do
-    pool.detach_all()
+    store.detach_all()
     assert leftovers(pool_folder) == []
 
 
 def test_a_closed_pool_refuses_and_does_no_harm(small_pool, connection):
-    pool.detach_all()
+    store.detach_all()
     shipment = send(small_pool, connection, payload())
     assert (shipment.tickets, shipment.refused) == ({}, {0: "ledger"})
     assert small_pool.connect() is None
@@ -760,10 +760,10 @@ def test_a_closed_pool_refuses_and_does_no_harm(small_pool, connection):
 
 
 def test_attach_is_one_pool_a_process(small_pool):
-    assert pool.attach() is small_pool
-    assert pool.attached() is small_pool
+    assert store.attach() is small_pool
+    assert store.attached() is small_pool
     results = []
-    threads = [threading.Thread(target=lambda: results.append(pool.attach())) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: results.append(store.attach())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -774,7 +774,7 @@ def test_attach_is_one_pool_a_process(small_pool):
 
 def test_threads_that_attach_first_at_once():
     results = []
-    threads = [threading.Thread(target=lambda: results.append(pool.attach())) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: results.append(store.attach())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -785,22 +785,22 @@ def test_threads_that_attach_first_at_once():
 
 def test_a_process_without_connections_leaves_after_a_while(pool_folder):
     with dask.config.set({"shm-bridge.pool.linger": "100ms"}):
-        joined = pool.attach()
+        joined = store.attach()
         connection = joined.connect()
         joined.settle()
         time.sleep(0.6)
-        assert pool.attached() is joined, "a connection keeps it"
+        assert store.attached() is joined, "a connection keeps it"
         (buffer,) = take(joined, connection, send(joined, connection, payload())).buffers
         joined.disconnect(connection)
         joined.settle()
         time.sleep(0.6)
-        assert pool.attached() is joined, "an array keeps it"
+        assert store.attached() is joined, "an array keeps it"
         del buffer
         gc.collect()
-        assert eventually(lambda: pool.attached() is None)
+        assert eventually(lambda: store.attached() is None)
         assert eventually(lambda: not leftovers(pool_folder))
         assert eventually(lambda: not bridge_threads())
-        again = pool.attach()  # and comes back at will
+        again = store.attach()  # and comes back at will
         assert again is not joined
         assert again.id != joined.id
 
@@ -815,11 +815,11 @@ def test_a_failed_attach_is_not_tried_at_every_connection(pool_folder, monkeypat
     monkeypatch.setattr("dask_shm_bridge.folder.attach", fail)
     for _ in range(3):
         with pytest.raises(PoolError, match="no"):
-            pool.attach()
+            store.attach()
     assert len(tried) == 1
-    assert pool.attached() is None
+    assert store.attached() is None
     monkeypatch.undo()
-    pool._refused.clear()
+    store._refused.clear()
 
 
 @pytest.mark.parametrize("hasty", [False, True])
@@ -828,12 +828,12 @@ def test_a_process_that_just_ends_leaves(small_pool, python, pool_folder, hasty)
     done = python(
         """
         import numpy as np
-        from dask_shm_bridge import pool
+        from dask_shm_bridge import store
         import sys
-        from dask_shm_bridge.pool import Frame
+        from dask_shm_bridge.store import Frame
         if sys.argv[1] == "True":
-            pool._EXIT_BYTES = 0  # as with more living arrays than can be copied at the end
-        joined = pool.attach()
+            store._EXIT_BYTES = 0  # as with more living arrays than can be copied at the end
+        joined = store.attach()
         mine = joined.connect()
         data = memoryview(bytes(1 << 20))
         joined.ship(mine, [Frame(0, 1, data, 1 << 20), Frame(1, 2, data, 1 << 20)], "input")
@@ -892,7 +892,7 @@ def test_defaults_outlive_the_block_they_were_registered_in(python):
 
 
 def test_identity_is_that_of_the_file(small_pool, child):
-    other = child(WRITER + "say(joined.identity())\nhear()\npool.detach_all()\nsay()\nhear()")
+    other = child(WRITER + "say(joined.identity())\nhear()\nstore.detach_all()\nsay()\nhear()")
     assert other.hear() == small_pool.identity()
     other.ask()
 
@@ -906,27 +906,27 @@ def test_files_that_were_removed(pool_folder, child, caplog, monkeypatch):
     before = causes()
     other = child(
         """
-        from dask_shm_bridge import pool
-        one = pool.attach()
+        from dask_shm_bridge import store
+        one = store.attach()
         say(one.id)
         hear()
-        say(pool.attach().id)
+        say(store.attach().id)
         hear()
-        pool.detach_all()
+        store.detach_all()
         say()
         """
     )
-    old = pool.attach()
+    old = store.attach()
     assert other.hear() == old.id
     (grant,) = old.ledger.allocate(old.member, [MiB], "input")
     old.views.bytes_of(grant)[:] = 7
     array = np.frombuffer(old.views.claim(grant), np.uint8)
     shutil.rmtree(pool_folder)
-    assert pool.attached() is None
-    new = pool.attach()
+    assert store.attached() is None
+    new = store.attach()
     assert new.id != old.id
-    assert pool.attached() is new
-    assert pool.joined() == [new, old]
+    assert store.attached() is new
+    assert store.joined() == [new, old]
     assert other.ask() == new.id
     connection = old.connect()
     assert old.ship(connection, [Frame(0, 1, array.data, array.nbytes)], "input").tickets == {0: 1}
@@ -943,32 +943,32 @@ def test_files_that_were_removed(pool_folder, child, caplog, monkeypatch):
     assert caplog.text.count("RemoveIPC=no") == 1
     assert more(before) == {"files-removed": 1}
     shutil.rmtree(pool_folder)  # and again
-    assert pool.attach().id not in (old.id, new.id)
-    pool.detach_all()
-    assert pool.joined() == []
+    assert store.attach().id not in (old.id, new.id)
+    store.detach_all()
+    assert store.joined() == []
     assert (array == 7).all()
 
 
 def test_a_lock_file_alone_that_was_removed(pool_folder):
-    shared = pool.attach()
+    shared = store.attach()
     name = pool_folder / shared.attachment.name / "members" / f"{shared.member:016x}"
     inode = name.stat().st_ino
     os.unlink(name)
-    assert pool.attached() is shared
+    assert store.attached() is shared
     assert eventually(name.exists)
     assert name.stat().st_ino != inode
-    assert pool.attach() is shared
+    assert store.attach() is shared
 
 
 def test_a_lost_pool_is_left_when_nobody_uses_it(pool_folder, settings):
-    old = pool.attach(settings(linger_s=0.1))
+    old = store.attach(settings(linger_s=0.1))
     connection = old.connect()
     shutil.rmtree(pool_folder)
-    new = pool.attach(settings(linger_s=60.0))
+    new = store.attach(settings(linger_s=60.0))
     assert not old.closed
     old.disconnect(connection)
     assert eventually(lambda: old.closed)
-    assert pool.joined() == [new]
+    assert store.joined() == [new]
 
 
 def test_a_forked_child_of_a_member_of_a_lost_pool(pool_folder, child):
@@ -976,21 +976,21 @@ def test_a_forked_child_of_a_member_of_a_lost_pool(pool_folder, child):
         """
         import os, shutil, time
         import numpy as np
-        from dask_shm_bridge import pool
-        old = pool.attach()
+        from dask_shm_bridge import store
+        old = store.attach()
         (grant,) = old.ledger.allocate(old.member, [1 << 20], "input")
         old.views.bytes_of(grant)[:] = 7
         array = np.frombuffer(old.views.claim(grant), np.uint8)
         shutil.rmtree(old.path)
-        new = pool.attach()
+        new = store.attach()
         pid = os.fork()
         if not pid:
-            ok = (array == 7).all() and pool.joined() == []
+            ok = (array == 7).all() and store.joined() == []
             os._exit(0 if ok else 1)
         _, status = os.waitpid(pid, 0)
-        say([os.waitstatus_to_exitcode(status), len(pool.joined()), int(array.sum())])
+        say([os.waitstatus_to_exitcode(status), len(store.joined()), int(array.sum())])
         del array
-        pool.detach_all()
+        store.detach_all()
         """
     )
     assert one.hear() == [0, 2, 7 << 20]
@@ -1006,6 +1006,6 @@ def test_a_worker_that_has_closed_is_no_role(monkeypatch: pytest.MonkeyPatch) ->
 
     one = Fake()
     monkeypatch.setattr(distributed.worker.Worker, "_instances", weakref.WeakSet([one]))
-    assert (pool.role(), pool.region()) == ("worker", "output")
+    assert (store.role(), store.region()) == ("worker", "output")
     one.status = Status.closed
-    assert (pool.role(), pool.region()) == ("client", "input")
+    assert (store.role(), store.region()) == ("client", "input")

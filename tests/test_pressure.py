@@ -17,24 +17,24 @@ import numpy as np
 import pytest
 from conftest import MiB, descriptors, eventually, leftovers
 
-from dask_shm_bridge import counters, mapping, pool
-from dask_shm_bridge.pool import Frame
+from dask_shm_bridge import counters, mapping, store
+from dask_shm_bridge.store import Frame
 
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
 
 WORK = """
 import contextlib, ctypes, gc, mmap, os, resource, threading
 import numpy as np
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 from dask_shm_bridge.errors import PoolError
-from dask_shm_bridge.pool import Frame
+from dask_shm_bridge.store import Frame
 
 numbers = iter(range(1, 1 << 30))
 SOURCE = np.arange(1 << 18)  # 2 MiB
 
 def exchange(count=8, source=SOURCE):
     "Send to this process itself. Of each frame: sent, named only, viewed, copied out."
-    joined = pool.attached()
+    joined = store.attached()
     connection = joined.connect()
     frames = [Frame(i, next(numbers), source.data, source.nbytes) for i in range(count)]
     shipment = joined.submit(joined.ship, connection, frames, "input").result()
@@ -48,7 +48,7 @@ def exchange(count=8, source=SOURCE):
 
 def rows():
     gc.collect()
-    joined = pool.attached()
+    joined = store.attached()
     joined.settle()
     usage = joined.usage()
     return [usage["extents"], usage["leases"], usage["tickets"], usage["connections"]]
@@ -58,15 +58,15 @@ def causes():
 
 def attach():
     "Try to join, now."
-    pool._refused.clear()
+    store._refused.clear()
     try:
-        pool.attach()
+        store.attach()
     except PoolError:
         return "refused"
     return "joined"
 
 def leave():
-    pool.detach_all()
+    store.detach_all()
 """
 
 
@@ -102,7 +102,7 @@ def descriptors(free):
 @pytest.mark.parametrize("alone", [False, True])
 def test_without_descriptors_nobody_joins_and_nothing_is_left(child, pool_folder, alone):
     """Whichever is the first to be missing: all are tried."""
-    joined = None if alone else pool.attach()
+    joined = None if alone else store.attach()
     other = child(
         DESCRIPTORS
         + """
@@ -157,7 +157,7 @@ with descriptors(0):
 assert exchange() == [8, 0, 8, 0]
 with descriptors(0):
     # whether somebody wrote there can't be looked up: it is copied, not named
-    joined = pool.attached()
+    joined = store.attached()
     connection = joined.connect()
     joined.ship(connection, [Frame(0, 1, SOURCE.data, SOURCE.nbytes)], "input")
     (view,) = joined.receive(connection, [1]).buffers
@@ -425,8 +425,8 @@ IN_CGROUP = (
     "import sys\nopen(sys.argv[1], 'w').write('0')\n"
     + WORK
     + """
-pool.attach()
-joined = pool.attached()
+store.attach()
+joined = store.attached()
 connection = joined.connect()
 say(connection)
 """
@@ -455,7 +455,7 @@ hear()
         import dask
 
         with dask.config.set({"shm-bridge.pool.size": "512 MiB"}):
-            joined = pool.attach()
+            joined = store.attach()
         source = np.arange(4 * MiB)  # 32 MiB
         frames = [Frame(i, i + 1, source.data, source.nbytes) for i in range(10)]
         shipment = joined.ship(connection, frames, "input")
@@ -491,7 +491,7 @@ hear()
         )
         writer.hear()
         with dask.config.set({"shm-bridge.pool.size": "512 MiB"}):
-            joined = pool.attach()
+            joined = store.attach()
         connection = joined.connect()
         writer.say(connection)
         code = writer.process.wait(60)
@@ -539,8 +539,8 @@ def test_the_ledger_in_a_file_system_that_fills_later(mounted, child, monkeypatc
     other = child(
         WORK
         + """
-pool.attach()
-joined = pool.attached()
+store.attach()
+joined = store.attached()
 say(exchange())
 hear()
 connections = [joined.connect() for _ in range(2000)]
@@ -624,7 +624,7 @@ READER = """
 import asyncio, zlib
 import numpy as np
 import dask_shm_bridge
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from distributed.comm import listen
 
 async def serve():
@@ -717,7 +717,7 @@ def test_a_wall_clock_that_jumps(child, small_pool):
         + """
 import time
 attach()
-joined, real = pool.attached(), time.time
+joined, real = store.attached(), time.time
 found = []
 for seconds in (-86400, 86400, -1, 3600):
     time.time = lambda: real() + seconds

@@ -202,9 +202,9 @@ def test_what_is_no_table(path: str, value: Any) -> None:
 
 STAY = """
 import time
-from dask_shm_bridge import keeper, pool
+from dask_shm_bridge import keeper, store
 keeper._FILES_S = 600.0  # once it has looked, it makes nothing anew while a test looks
-p = pool.attach()
+p = store.attach()
 while not p._keeper._next_mend:
     time.sleep(0.01)
 grant, = p.ledger.allocate(p.member, [1 << 20], "input")
@@ -214,7 +214,7 @@ while True:
     exec(hear())
     say()
 """
-LEAVE = "pool.detach_all()"
+LEAVE = "store.detach_all()"
 
 
 def state(folder: Path) -> dict[str, tuple[Any, ...]]:
@@ -549,7 +549,7 @@ def test_a_pool_whose_files_were_removed_at_a_logout(
     one = child(STAY)
     old, _, _ = one.hear()
     shutil.rmtree(pool_folder)
-    one.ask("pool.attach(); p.mend()")
+    one.ask("store.attach(); p.mend()")
     assert sorted(leftovers(pool_folder))[0] == "current"
     ((kind, text),) = looked(pool_folder)
     assert kind == "missing"

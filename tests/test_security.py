@@ -38,11 +38,11 @@ def test_no_umask_opens_the_pool(
         f"""
         import os
         os.umask({umask})
-        from dask_shm_bridge import pool
-        pool.attach()
+        from dask_shm_bridge import store
+        store.attach()
         say()
         hear()
-        pool.detach_all()
+        store.detach_all()
         """
     )
     one.hear()
@@ -73,8 +73,8 @@ def test_the_store_unpickles_nothing(
     """Header, ledger, tickets, leaving, sweeping and checking: none of it is a pickle."""
     other = child(
         """
-        from dask_shm_bridge import pool
-        one = pool.attach()
+        from dask_shm_bridge import store
+        one = store.attach()
         one.ledger.allocate(one.member, [100], "input")
         say()
         hear()
@@ -84,25 +84,25 @@ def test_the_store_unpickles_nothing(
     other.kill()
     code = """
         import numpy as np
-        from dask_shm_bridge import pool
+        from dask_shm_bridge import store
         from dask_shm_bridge.recovery.survey import survey
         from dask_shm_bridge.recovery.sweeping import sweep
         from dask_shm_bridge.shipment import Frame
         import json, pickle
-        pickle.loads(pickle.dumps(pool.Pool))
-        assert "dask_shm_bridge.pool.Pool" in looked_up  # so we would see it
+        pickle.loads(pickle.dumps(store.Pool))
+        assert "dask_shm_bridge.store.Pool" in looked_up  # so we would see it
         looked_up.clear()
         path = pool.Settings.from_config().path
         survey(path, 5.0)
         sweep(path, 5.0)
-        joined = pool.attach()
+        joined = store.attach()
         data = np.frombuffer(pickle.dumps(joined.settings) * 1000, np.uint8)
         connection = joined.connect()
         assert joined.ship(connection, [Frame(0, 1, data.data, data.nbytes)], "input").tickets
         (view,) = joined.receive(connection, [1]).buffers
         assert bytes(view) == data.tobytes()
         del view
-        pool.detach_all()
+        store.detach_all()
         print(json.dumps(sorted(looked_up)))
     """
     done = python(WATCH + textwrap.dedent(code))

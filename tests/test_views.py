@@ -43,13 +43,13 @@ class FullError(Exception):
 @pytest.fixture
 def small_pool(monkeypatch):
     """Join a pool of 16 slots of 512 KiB, quick to overwrite."""
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
 
     sizes = {"size": "8 MiB", "slot-size": "512 KiB"}
     for key, value in sizes.items():
         monkeypatch.setenv(environment_name(f"shm-bridge.pool.{key}"), value)
     with dask.config.set({f"shm-bridge.pool.{key}": value for key, value in sizes.items()}):
-        yield pool.attach()
+        yield store.attach()
 
 
 def payload(nbytes=NBYTES, seed=0):
@@ -429,8 +429,8 @@ def test_a_real_other_process_overwrites_nothing(small_pool, child):
     assert alive(small_pool) == 3
     other = child(
         """
-from dask_shm_bridge import pool
-shared = pool.attach()
+from dask_shm_bridge import store
+shared = store.attach()
 taken = 0
 while True:
     grants = [g for g in shared.ledger.allocate(
@@ -442,7 +442,7 @@ while True:
         break
 say(shared.usage()["used_bytes"])
 hear()
-pool.detach_all()
+store.detach_all()
 say()
 """
     )
@@ -475,10 +475,11 @@ class Store:
     def __init__(self, layout):
         self.path = MEMORY / f"views-{os.getpid()}-{random.getrandbits(64):x}"
         self.path.mkdir(mode=0o700)
-        self.base = mapping.open_directory(str(self.path))
-        self.file = mapping.open_file("pool", dir_fd=self.base, exclusive=True)
-        os.ftruncate(self.file, layout.file_bytes)
-        self.lock = mapping.open_file("lock", dir_fd=self.base, exclusive=True)
+        self.base = mapping.Directory(str(self.path))
+        self.file = self.base.open_file("pool", exclusive=True)
+        mapping.extend(self.file, layout.file_bytes)
+        self.layout = layout
+        self.lock = self.base.open_file("lock", exclusive=True)
         Ledger.create(str(self.path), layout)
         self.ledger = Ledger(str(self.path), self.lock, layout)
         self.ledger.join(1, os.getpid(), "client")
@@ -531,8 +532,9 @@ class Store:
 
     def close(self):
         self.ledger.close()
-        for fd in (self.file, self.lock, self.base):
+        for fd in (self.file, self.lock):
             os.close(fd)
+        self.base.close()
         shutil.rmtree(self.path)
 
 
@@ -617,7 +619,7 @@ def test_neighbouring_extents_are_isolated(store):
     store.pump()
     for view, data in arrays:
         assert np.array_equal(view, data)
-    assert len(store.views._mappings) == 1  # what does not overlap needs no other
+    assert len(store.views._ranges) == 1  # what does not overlap needs no other
 
 
 # ------------------------------------------------------------------- warm and written pages
@@ -800,7 +802,7 @@ def test_part_is_none_for_what_is_not_one_leased_view(store):
     assert store.views.part(plain.ctypes.data, plain.nbytes) is None
     shared = store.views.bytes_of(grant)
     assert store.views.part(shared.ctypes.data, 8) is None
-    end = store.views._mappings[0].address + store.views._nbytes
+    end = view.ctypes.data + store.layout.size_bytes
     assert store.views.part(end - 8, 16) is None
     (claim, _) = store.views.oldest()
     store.detach(claim)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import psutil
 from distributed import Client
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from dask_shm_bridge.benchmarks.memory import held
 from dask_shm_bridge.benchmarks.traffic import Traffic
 
@@ -43,7 +43,7 @@ def process_figures(pid: int) -> dict[str, int]:
 
 def ledger_figures() -> dict[str, int]:
     """Return the counts of rows in the ledger of this process's pool; ``entries`` sums them."""
-    joined = pool.attached()
+    joined = store.attached()
     if joined is None:
         return {}
     rows = {kind: len(table) for kind, table in joined.ledger.snapshot().items()}

@@ -10,10 +10,10 @@ import numpy as np
 
 def settle() -> dict[str, Any]:
     """Wait until what was wanted of the pool is registered; return the figures of the device."""
-    from dask_shm_bridge import pool
+    from dask_shm_bridge import store
     from dask_shm_bridge.cuda import worker
 
-    for joined in pool.joined():
+    for joined in store.joined():
         if joined.pins is not None:
             joined.pins.settle()
     return worker.figures() or {}

@@ -148,10 +148,10 @@ def fit_pca(matrix: NDArray[Any]) -> tuple[Arrays, float]:
     if importlib.util.find_spec("cuml") is not None:
         from cuml.decomposition import PCA
 
-        from dask_shm_bridge import pool, to_device
+        from dask_shm_bridge import store, to_device
 
         model = PCA(n_components=8, output_type="numpy")
-        if pool.joined():  # over TCP and from files cuML copies it, as it does for everybody
+        if store.joined():  # over TCP and from files cuML copies it, as it does for everybody
             matrix = to_device(matrix)
     else:
         from sklearn.decomposition import PCA

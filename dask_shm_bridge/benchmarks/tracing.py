@@ -50,9 +50,9 @@ FUNCTIONS = (
     ("dask_shm_bridge.comm", "to_frames", "to-frames", True),
     ("dask_shm_bridge.comm", "from_frames", "from-frames", True),
     ("dask_shm_bridge.comm", "ShmTCP._send", "send-frames", False),
-    ("dask_shm_bridge.pool", "Pool.ship", "ship", False),
-    ("dask_shm_bridge.pool", "Pool.receive", "receive", False),
-    ("dask_shm_bridge.pool", "Pool._commit", "commit", False),
+    ("dask_shm_bridge.store", "Pool.ship", "ship", False),
+    ("dask_shm_bridge.store", "Pool.receive", "receive", False),
+    ("dask_shm_bridge.store", "Pool._commit", "commit", False),
     ("dask_shm_bridge.ledger", "Ledger.ship", "ledger", False),
     ("dask_shm_bridge.copying", "Copier.copy", "copy", False),
 )

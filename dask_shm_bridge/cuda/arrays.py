@@ -33,7 +33,7 @@ from distributed.protocol.serialize import (
     register_serialization_family,
 )
 
-from dask_shm_bridge import config, counters, pool
+from dask_shm_bridge import config, counters, store
 from dask_shm_bridge.array_header import array_over, check_within, counts, plain_dtype
 from dask_shm_bridge.cuda import runtime
 from dask_shm_bridge.errors import BridgeError, HeaderError
@@ -113,7 +113,7 @@ def _frame(x: Any, shared: bool) -> memoryview:
 
     with x.device:
         pointer, nbytes = int(x.data.ptr), int(x.nbytes)
-        joined = pool.attached() if shared and nbytes >= GRAIN_BYTES else None
+        joined = store.attached() if shared and nbytes >= GRAIN_BYTES else None
         if joined is not None:
             # The copy runs on another thread, which has a device and a current stream of its own.
             device, stream = x.device, transfer.ordered_stream()
@@ -279,7 +279,7 @@ def rebuild(header: dict[str, Any], frames: Any) -> Any:
     try:
         return deserialize(header, [frame])
     except Exception as error:
-        if pool.role() != "worker":
+        if store.role() != "worker":
             raise
         counters.explain("unplaced", f"a CuPy array could not be put on the GPU: {error!r}")
         return Unplaced(_plain(header), frame, error)

@@ -18,7 +18,7 @@ from dask_shm_bridge import counters
 from dask_shm_bridge.layout import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from dask_shm_bridge.pool import Pool
+    from dask_shm_bridge.store import Pool
 
 logger = logging.getLogger("dask_shm_bridge")
 

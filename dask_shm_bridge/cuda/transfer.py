@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 from dask_shm_bridge.copying import address_of, as_bytes
 from dask_shm_bridge.cuda import runtime, tasks
 from dask_shm_bridge.errors import BridgeError
@@ -87,7 +87,7 @@ def copy_to(pointer: int, source: Any) -> None:
     assert data is not None
     stream = ordered_stream()
     address = address_of(data)
-    for joined in pool.joined():
+    for joined in store.joined():
         pins = joined.pins
         if pins is None:
             continue
@@ -130,7 +130,7 @@ def _copy_held(
     return True
 
 
-def copy_from(shared: pool.Pool, grant: Grant, pointer: int, stream: Any = None) -> None:
+def copy_from(shared: store.Pool, grant: Grant, pointer: int, stream: Any = None) -> None:
     """Copy device memory at `pointer` into an extent; over when this returns.
 
     `stream` is the `ordered_stream` of the thread that has the array, if that is another one.
@@ -209,7 +209,7 @@ def _staging() -> list[npt.NDArray[np.uint8]] | None:
 
 
 def _copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
-    for joined in pool.joined():
+    for joined in store.joined():
         with contextlib.suppress(RuntimeError):  # the pool is being left
             joined.copier.copy(target, source)
             return

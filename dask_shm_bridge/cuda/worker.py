@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from dask_shm_bridge import config, counters, pool
+from dask_shm_bridge import config, counters, store
 from dask_shm_bridge.cuda import arrays, pinning, runtime
 from dask_shm_bridge.errors import PoolError
 
@@ -52,9 +52,9 @@ async def setup(worker: Any) -> dict[str, Any] | None:
     arrays.install()
     report = _report = runtime.report()
     if config.get("cuda.pin"):
-        if _pin not in pool.on_attach:
-            pool.on_attach.append(_pin)
-        for joined in pool.joined():
+        if _pin not in store.on_attach:
+            store.on_attach.append(_pin)
+        for joined in store.joined():
             _pin(joined)
     if RESOURCE not in worker.state.total_resources:
         await worker.set_resources(**{RESOURCE: report["gpus"]})
@@ -72,9 +72,9 @@ def teardown(worker: Any) -> None:
     if _workers:
         return
     _report = None
-    if _pin in pool.on_attach:
-        pool.on_attach.remove(_pin)
-    for joined in pool.joined():
+    if _pin in store.on_attach:
+        store.on_attach.remove(_pin)
+    for joined in store.joined():
         pins, joined.pins = joined.pins, None
         if pins is not None:
             pins.close()
@@ -86,7 +86,7 @@ def pin_limit() -> int:
     return int(psutil.virtual_memory().total) // 2 if limit is None else limit
 
 
-def _pin(joined: pool.Pool) -> None:
+def _pin(joined: store.Pool) -> None:
     if joined.pins is None:
         joined.pins = pinning.Pins(joined, pin_limit())
 
@@ -96,5 +96,5 @@ def figures() -> dict[str, Any] | None:
     moved = counters.device_snapshot()
     if _report is None and not any(sum(ways.values()) for ways in moved.values()):
         return None
-    pins = [joined.pins for joined in pool.joined() if joined.pins is not None]
+    pins = [joined.pins for joined in store.joined() if joined.pins is not None]
     return {**(_report or {}), "pinned_bytes": sum(pin.pinned_bytes for pin in pins), **moved}

@@ -52,6 +52,8 @@ _HEADER = struct.Struct("<8sI4x16s")
 _VERSION = 1
 _THREADS = 2
 _RETRY_S = 5.0
+_TOUCH_S = 600.0
+_OLD_S = 86400.0  # clocks of two kernels differ, and machines sleep
 
 
 def kernel() -> str:
@@ -144,6 +146,7 @@ class Lane:
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._buffers: SimpleQueue[npt.NDArray[np.uint8]] = SimpleQueue()
         self._users = 0
+        self._touched = time.monotonic()
         self._abandoned: list[tuple[float, list[int]]] = []
         _prepare(settings)
         lock = None
@@ -161,11 +164,14 @@ class Lane:
             first[: len(data)] = np.frombuffer(data, np.uint8)
             self._file.write(first, 0)
             self._jobs = started(_THREADS, "shm-bridge-lane")
+            self._keeper = threading.Thread(target=self._run, name="shm-bridge-lanes", daemon=True)
+            self._keeper.start()
         except BaseException:
+            jobs = getattr(self, "_jobs", None)
+            if jobs is not None:
+                jobs.shutdown()
             self._remove()
             raise
-        self._keeper = threading.Thread(target=self._run, name="shm-bridge-lanes", daemon=True)
-        self._keeper.start()
 
     # ------------------------------------------------------------------------- from anywhere
 
@@ -183,7 +189,10 @@ class Lane:
         What `pending` (sequence to an object with `offset`) still names stays for a while: the
         peer may be about to read it.
         """
-        self._events.put(("abandoned", pending))
+        parts = []
+        while pending:
+            parts.append(pending.popitem()[1].offset)
+        self._events.put(("abandoned", parts))
         self._events.put(("user", -1))
 
     def take(self, nbytes: int) -> int | None:
@@ -229,6 +238,7 @@ class Lane:
             np.copyto(piece, source)
             found = checksum(piece)
             length = padded(source.nbytes) if self.foreign else source.nbytes
+            buffer[source.nbytes : length] = 0
             self._file.write(buffer[:length], offset)
         finally:
             self._buffers.put(buffer)
@@ -246,13 +256,12 @@ class Lane:
                 kind, value = "", None
             if kind == "stop":
                 return
+            self._touch()
             if kind == "user":
                 self._users += value
             elif kind == "abandoned" and value:
-                parts = [part.offset for part in value.values()]
-                value.clear()
                 with self._turn:
-                    self._abandoned.append((time.monotonic() + GRACE_S, parts))
+                    self._abandoned.append((time.monotonic() + GRACE_S, value))
             now = time.monotonic()
             with self._turn:
                 while self._abandoned and self._abandoned[0][0] <= now:
@@ -263,6 +272,24 @@ class Lane:
                 idle_since = now
             elif now - idle_since >= self.settings.linger_s and _retire(self):
                 return
+
+    def _touch(self) -> None:
+        """Show other kernels that the owner lives."""
+        now = time.monotonic()
+        if now - self._touched >= _TOUCH_S:
+            self._touched = now
+            with contextlib.suppress(OSError):
+                os.utime(os.path.join(self.folder, self.name + ".lock"))
+
+    def lost(self) -> bool:
+        """Say whether somebody removed the file: no peer finds it any more."""
+        try:
+            os.stat(os.path.join(self.folder, self.name))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def idle(self) -> bool:
         """Say whether nothing has asked for the lane; only its keeper may ask."""
@@ -348,11 +375,29 @@ def _prepare(settings: ExchangeSettings) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     if not settings.foreign:  # elsewhere owner and mode are what the mount says
-        os.close(mapping.open_directory(path))  # which refuses what others may enter
+        mapping.Directory(path).close()  # which refuses what others may enter
     ours = f"lane-{kernel()}-"
     for base in {name.removesuffix(".lock") for name in os.listdir(path)}:
-        if NAME.fullmatch(base) and base.startswith(ours):
-            _sweep(os.path.join(path, base))
+        if NAME.fullmatch(base):
+            if base.startswith(ours):
+                _sweep(os.path.join(path, base))
+            else:
+                _sweep_old(os.path.join(path, base), _OLD_S)
+
+
+def clean(settings: ExchangeSettings, age_s: float) -> list[str]:
+    """Remove lanes of dead processes, and of other kernels if they are old; return their names.
+
+    A kernel can't tell whether a process of another one lives; one that writes is not old.
+    """
+    path = str(settings.path)
+    there = {name.removesuffix(".lock") for name in os.listdir(path)}
+    lanes = {base for base in there if NAME.fullmatch(base)}
+    _prepare(settings)
+    for base in lanes:
+        if not base.startswith(f"lane-{kernel()}-"):
+            _sweep_old(os.path.join(path, base), age_s)
+    return sorted(base for base in lanes if not os.path.lexists(os.path.join(path, base)))
 
 
 _own_locks: set[str] = set()  # a process loses a POSIX lock by closing any descriptor of its file
@@ -362,11 +407,17 @@ def _locked(path: str) -> int | None:
     """Make a lock file and lock it; None if somebody who sweeps was faster."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
     _own_locks.add(path)
-    if mapping.try_lock(fd):
-        return fd
-    os.close(fd)
-    _own_locks.discard(path)
-    return None
+    locked = False
+    try:
+        # One that was swept and let go between these two lines is locked, and has no name.
+        locked = mapping.try_lock(fd) and os.path.exists(path)
+    finally:
+        if not locked:
+            os.close(fd)
+            _own_locks.discard(path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    return fd if locked else None
 
 
 def _sweep(path: str) -> None:
@@ -400,7 +451,23 @@ def _sweep(path: str) -> None:
         os.unlink(lock)
 
 
+def _sweep_old(path: str, age_s: float) -> None:
+    """Remove a lane of another kernel if its owner has not touched it or its lock for that long.
+
+    Nothing tells whether that kernel still runs: this one's own earlier boots look the same.
+    """
+    touched = []
+    for name in (path, path + ".lock"):
+        with contextlib.suppress(OSError):
+            touched.append(os.stat(name, follow_symlinks=False).st_mtime)
+    if touched and time.time() - max(touched) >= age_s:
+        for name in (path, path + ".lock"):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+
 _lanes: dict[str, Lane] = {}
+_aside: list[Lane] = []  # somebody removed their files; open connections still use them
 _refused: dict[str, float] = {}
 _registry = threading.RLock()
 
@@ -413,6 +480,9 @@ def own(settings: ExchangeSettings) -> Lane | None:
     path = str(settings.path)
     with _registry:
         lane = _lanes.get(path)
+        if lane is not None and not lane.closed and lane.lost():
+            _aside.append(_lanes.pop(path))
+            lane = None
         if lane is None or lane.closed:
             if time.monotonic() < _refused.get(path, 0.0):
                 return None
@@ -432,7 +502,7 @@ def own(settings: ExchangeSettings) -> Lane | None:
 
 def lanes() -> Iterable[Lane]:
     """Return the lanes of this process."""
-    return [lane for lane in list(_lanes.values()) if not lane.closed]
+    return [lane for lane in [*list(_lanes.values()), *_aside] if not lane.closed]
 
 
 def _retire(lane: Lane) -> bool:
@@ -442,6 +512,8 @@ def _retire(lane: Lane) -> bool:
             return False
         if _lanes.get(lane.folder) is lane:
             del _lanes[lane.folder]
+        elif lane in _aside:
+            _aside.remove(lane)
         lane.close()
     return True
 
@@ -449,8 +521,9 @@ def _retire(lane: Lane) -> bool:
 def close_all() -> None:
     """Remove this process's lanes."""
     with _registry:
-        gone = list(_lanes.values())
+        gone = [*_lanes.values(), *_aside]
         _lanes.clear()
+        _aside.clear()
     for lane in gone:
         lane.close()
 
@@ -459,10 +532,11 @@ def _forget() -> None:
     """Own nothing in a forked child: the parent's files and threads are the parent's."""
     global _registry
     _registry = threading.RLock()
-    for lane in _lanes.values():
+    for lane in [*_lanes.values(), *_aside]:
         lane.closed = True
         _inherited.append(lane)
     _lanes.clear()
+    _aside.clear()
 
 
 _inherited: list[Lane] = []

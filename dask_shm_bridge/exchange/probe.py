@@ -13,6 +13,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_shm_bridge")
 
 ROUNDS = 4  # the first shows only that the file is the same
-_ANSWER_S = 2.0
+_BOUND_S = {"auto": 2.0, "file": 10.0}  # what the first large message may wait
 _RATE_S = 0.25  # of measuring, each way; at most a second with what is under way
 _LARGEST_BYTES = 16 << 20
 _BETTER = 1.1  # how much faster than TCP a file must be
@@ -98,9 +100,11 @@ def failed(settings: ExchangeSettings, kernel: str, why: str) -> None:
 
 async def by_file(stream: FarStream) -> bool:
     """Say whether large frames go by file on a connection; probes if nobody has yet."""
-    if stream.settings.mode == "tcp" or stream.peer is None or stream.demoted is not None:
+    if stream.settings.mode == "tcp" or not stream.ready or stream.demoted is not None:
         return False
+    assert stream.peer is not None
     key = str(stream.settings.path), stream.peer.kernel
+    deadline = time.monotonic() + _BOUND_S["file"]
     while True:
         with _turn:
             verdict = _verdicts.get(key)
@@ -109,7 +113,7 @@ async def by_file(stream: FarStream) -> bool:
             if key not in _probing:
                 _probing.add(key)
                 break
-        if stream.settings.mode != "file":
+        if stream.settings.mode != "file" or time.monotonic() > deadline:
             return False  # by TCP, until the other connection's probe is done
         await asyncio.sleep(0.01)
     try:
@@ -126,80 +130,116 @@ async def by_file(stream: FarStream) -> bool:
 
 async def probe(stream: FarStream) -> Verdict:
     """Look how the peer sees what we write. Bounded to some seconds; refusal is ordinary."""
-    now = time.monotonic()
     offset = stream.lane.take(min(stream.settings.piece_bytes, _LARGEST_BYTES))
     if offset is None:
-        return Verdict("tcp", "the lane is full", until=now + _RETRY_S)
+        return Verdict("tcp", "the lane is full", until=time.monotonic() + _RETRY_S)
+    test = _Test(stream, offset)
     try:
-        return await _probe(stream, offset)
+        return await test.run()
     except (CommClosedError, StreamClosedError):
         raise
-    except (OSError, TimeoutError) as error:
-        return Verdict("tcp", f"the probe failed: {error}", until=now + _RETRY_S)
+    except OSError as error:
+        return Verdict("tcp", f"the probe failed: {error}", until=time.monotonic() + _RETRY_S)
     finally:
-        stream.lane.give_back(offset)
+        test.end()
 
 
-async def _probe(stream: FarStream, offset: int) -> Verdict:
-    looks = []
-    for attempt in range(ROUNDS):
-        right, seen = await _try(stream, offset, _noise(GRAIN_BYTES), 1 + (attempt + 1 == ROUNDS))
-        if not right:
+class _Test:
+    """One probe, in one part of the lane, and until when it must be over."""
+
+    def __init__(self, stream: FarStream, offset: int) -> None:
+        self.stream = stream
+        self.offset = offset
+        self.deadline = time.monotonic() + _BOUND_S[stream.settings.mode]
+        self._job: Future[bytes] | None = None
+
+    def end(self) -> None:
+        """Free the part, once nobody writes there."""
+        if self._job is None:
+            self.stream.lane.give_back(self.offset)
+        else:
+            self.stream.free(self.offset, self._job)
+
+    def _left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    async def run(self) -> Verdict:
+        looks = []
+        for attempt in range(ROUNDS):
+            right, seen = await self._try(_noise(GRAIN_BYTES), 1 + (attempt + 1 == ROUNDS))
+            if not right:
+                return Verdict(
+                    "tcp",
+                    "the peer does not see the same folder"
+                    if not attempt
+                    else "the peer did not see what was written anew",
+                    until=time.monotonic() + _RETRY_S,
+                )
+            looks.append(seen)
+        coherent = None if None in looks[1:] else all(looks[1:])
+        if self.stream.settings.mode == "file":
             return Verdict(
-                "tcp",
-                "the peer does not see the same folder"
-                if not attempt
-                else "the peer did not see what was written anew",
-                until=time.monotonic() + _RETRY_S,
+                "file",
+                "shm-bridge.exchange.mode is file",
+                coherent,
+                until=time.monotonic() + _KEEP_S,
             )
-        looks.append(seen)
-    coherent = None if None in looks[1:] else all(looks[1:])
-    if stream.settings.mode == "file":
+        file_rate = await self._rate(self._by_file)
+        tcp_rate = await self._rate(self._by_tcp)
+        better = file_rate > _BETTER * tcp_rate
         return Verdict(
-            "file", "shm-bridge.exchange.mode is file", coherent, until=time.monotonic() + _KEEP_S
+            "file" if better else "tcp",
+            f"{file_rate / 1e6:.0f} MB/s by file, {tcp_rate / 1e6:.0f} MB/s by TCP",
+            coherent,
+            file_rate,
+            tcp_rate,
+            time.monotonic() + _KEEP_S,
         )
-    file_rate = await _rate(stream, offset, _by_file)
-    tcp_rate = await _rate(stream, offset, _by_tcp)
-    better = file_rate > _BETTER * tcp_rate
-    return Verdict(
-        "file" if better else "tcp",
-        f"{file_rate / 1e6:.0f} MB/s by file, {tcp_rate / 1e6:.0f} MB/s by TCP",
-        coherent,
-        file_rate,
-        tcp_rate,
-        time.monotonic() + _KEEP_S,
-    )
 
+    async def _try(self, source: Any, look: int) -> tuple[bool, bool | None]:
+        """Have the peer read what we write; `look`: 1 in a mapping too, 2 and unmap it, 0 not."""
+        self._job = self.stream.put(self.offset, source)
+        found = await asyncio.wait_for(asyncio.wrap_future(self._job), self._left())
+        answer = await self.stream.ask(
+            "try", self.offset, source.nbytes, found, look, seconds=self._left()
+        )
+        if len(answer) != 2:
+            raise OSError(f"the peer answers {answer!r:.100}")
+        right, seen = answer
+        return right is True, seen if isinstance(seen, bool) else None
 
-async def _try(stream: FarStream, offset: int, source: Any, look: int) -> tuple[bool, Any]:
-    """Have the peer read what we write; `look`: 1 in a mapping too, 2 and unmap it, 0 not."""
-    found = await stream.run(stream.lane.put, offset, source)
-    right, seen = await stream.ask("try", offset, source.nbytes, found, look, seconds=_ANSWER_S)
-    return right is True, seen
+    async def _rate(self, way: Callable[[Any], Awaitable[None]]) -> float:
+        """Return bytes a second; pieces grow until one takes a while."""
+        most = min(self.stream.settings.piece_bytes, _LARGEST_BYTES)
+        nbytes, noise = GRAIN_BYTES, _noise(most)
+        started = time.monotonic()
+        while True:
+            begun = time.monotonic()
+            await way(noise[:nbytes])
+            ended = time.monotonic()
+            whole = nbytes == noise.nbytes
+            if ended - started >= _RATE_S or (whole and ended - begun > _RATE_S / 4):
+                return float(nbytes / max(ended - begun, 1e-9))
+            nbytes = min(noise.nbytes, nbytes * 2)
+
+    async def _by_file(self, source: Any) -> None:
+        if not (await self._try(source, look=0))[0]:
+            raise OSError("the peer did not see what was written")
+
+    async def _by_tcp(self, source: Any) -> None:
+        await self.stream.ask("sink", source.nbytes, raw=source, seconds=self._left())
 
 
 def _noise(nbytes: int) -> Any:
     return np.resize(np.frombuffer(os.urandom(GRAIN_BYTES), np.uint8), nbytes)
 
 
-async def _rate(stream: FarStream, offset: int, way: Any) -> float:
-    """Return bytes a second; pieces grow until one takes a while."""
-    nbytes, noise = GRAIN_BYTES, _noise(min(stream.settings.piece_bytes, _LARGEST_BYTES))
-    started = time.monotonic()
-    while True:
-        begun = time.monotonic()
-        await way(stream, offset, noise[:nbytes])
-        ended = time.monotonic()
-        whole = nbytes == noise.nbytes
-        if ended - started >= _RATE_S or (whole and ended - begun > _RATE_S / 4):
-            return nbytes / max(ended - begun, 1e-9)
-        nbytes = min(noise.nbytes, nbytes * 2)
+def _forget() -> None:
+    """Wait for no probe of the parent's, in a forked child."""
+    global _turn
+    _turn = threading.Lock()
+    _probing.clear()
 
 
-async def _by_file(stream: FarStream, offset: int, source: Any) -> None:
-    if not (await _try(stream, offset, source, look=0))[0]:
-        raise OSError("the peer did not see what was written")
-
-
-async def _by_tcp(stream: FarStream, offset: int, source: Any) -> None:
-    await stream.ask("sink", source.nbytes, raw=source, seconds=_ANSWER_S)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -26,11 +26,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import struct
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -44,9 +46,9 @@ from dask_shm_bridge import counters, wire
 from dask_shm_bridge.copying import as_bytes
 from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.exchange import probe
-from dask_shm_bridge.exchange.lane import TOKEN_BYTES, FarLane, Lane, kernel
-from dask_shm_bridge.exchange.target import Look, Target
-from dask_shm_bridge.mapping.direct import ALIGNMENT, aligned
+from dask_shm_bridge.exchange.lane import NAME, TOKEN_BYTES, FarLane, Lane, checksum, kernel
+from dask_shm_bridge.exchange.target import Target
+from dask_shm_bridge.mapping.direct import ALIGNMENT, Look, aligned
 
 if TYPE_CHECKING:
     from dask_shm_bridge.comm import ShmTCP
@@ -60,7 +62,10 @@ _MOST_CONTROL_BYTES = 64 * 1024
 _PATIENCE_S = 1.0  # without an acknowledgement, the rest of a frame goes inline
 _LOOK_S = 0.02
 _PEER_S = 5.0  # how long what comes may precede the peer's name, while a stream is upgraded
-_DRAIN_S = 5.0
+_DRAIN_S = 5.0  # without another acknowledgement
+_FILE_S = 60.0  # a file system that takes longer for one piece has gone
+_MOST_UNREAD = 16  # messages that a writer reads on its way to its acknowledgements
+_KERNEL = re.compile(r"[0-9a-f]{12}")
 
 
 class Part(NamedTuple):
@@ -86,6 +91,8 @@ def peer_of(info: Any) -> Peer | None:
     found = info.get("kernel"), exchange.get("lane"), exchange.get("token")
     if not isinstance(found[0], str) or not isinstance(found[1], str):
         return None
+    if not _KERNEL.fullmatch(found[0]) or not NAME.fullmatch(found[1]):
+        return None
     if not isinstance(found[2], bytes) or len(found[2]) != TOKEN_BYTES:
         return None
     return Peer(found[0], found[1], found[2])
@@ -107,7 +114,7 @@ class Gap(NamedTuple):
     assembly: Assembly
     place: int
     target: Target
-    bytes: npt.NDArray[np.uint8]
+    start: int
     nbytes: int
 
 
@@ -130,13 +137,15 @@ class FarStream:
         self.demoted: str | None = None  # why nothing is sent by file any more
         self._named = asyncio.Event()
         self._far: FarLane | None = None
-        self._looked: Any = None
+        self._looked: Look | None = None
         self._sequence = itertools.count(1)
         self.pending: dict[int, Part] = {}
         self._inbox: deque[Assembly] = deque()
         self._awaited: dict[int, Gap] = {}
         self._answers: dict[int, Any] = {}
         self._task: asyncio.Task[None] | None = None
+        self._begun = False  # while a stream is upgraded, Dask's own read is pending on it
+        self._since = 0.0  # when the message that is being sent last made progress
         self._asked: set[asyncio.Task[None]] = set()
         self.end = weakref.finalize(comm, lane.leave, self.pending)
         self.end.atexit = False
@@ -169,6 +178,16 @@ class FarStream:
             assert self.peer is not None
             probe.failed(self.settings, self.peer.kernel, why)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the peer is known, and may be asked: nobody else reads the stream."""
+        return self.peer is not None and self._begun
+
+    def close(self) -> None:
+        """Give back what the peer has not read, some time soon, and let go of its lane."""
+        self.end()
+        self._far = self._looked = None
+
     # ------------------------------------------------------------------------------ writing
 
     async def send(self, frames: list[Any], sizes: list[int], large: list[int]) -> None:
@@ -183,6 +202,7 @@ class FarStream:
         taken = set(large)
         rest = [b"" if i in taken else frame for i, frame in enumerate(frames)]
         self._comm._send([msgpack.packb(manifest), *rest], flag=True)
+        self._since = time.monotonic()
         try:
             for source in sources:
                 await self._send_frame(source)
@@ -191,15 +211,15 @@ class FarStream:
             raise
 
     async def _send_frame(self, source: npt.NDArray[np.uint8]) -> None:
-        done, since = 0, time.monotonic()
+        done = 0
         while done < source.nbytes:
             part = source[done : done + self.settings.piece_bytes]
             offset = None if self.demoted else self.lane.take(part.nbytes)
             if offset is not None:
                 if await self._send_piece(part, offset):
                     done += part.nbytes
-                    since = time.monotonic()
-            elif self.demoted or time.monotonic() - since > _PATIENCE_S:
+                    self._since = time.monotonic()
+            elif self.demoted or time.monotonic() - self._since > _PATIENCE_S:
                 counters.fallback("lane-full" if self.demoted is None else "demoted")
                 self.say("plain", source.nbytes - done, raw=source[done:])
                 counters.count("sent", "inline", source.nbytes - done)
@@ -208,63 +228,106 @@ class FarStream:
                 await self.turn(_LOOK_S)
 
     async def _send_piece(self, part: npt.NDArray[np.uint8], offset: int) -> bool:
+        job = self.put(offset, part)
         try:
-            job = self.lane.submit(self.lane.put, offset, part)
-        except RuntimeError as error:
-            raise CommClosedError(f"the lane was closed: {error}") from error
-        try:
-            found = await asyncio.wrap_future(job)
-        except OSError as error:
-            self.lane.give_back(offset)
-            counters.explain("exchange", f"{self.lane.folder} can't be written ({error})")
-            self.demote(f"the lane can't be written: {error}")
+            found = await asyncio.wait_for(asyncio.wrap_future(job), _FILE_S)
+        except BaseException as error:
+            self.free(offset, job)
+            if not isinstance(error, OSError):
+                raise
+            counters.explain("exchange", f"{self.lane.folder} can't be written ({error!r})")
+            self.demote(f"the lane can't be written: {error!r}")
             return False
-        except BaseException:  # cancelled; the thread may be writing there still
-            job.add_done_callback(lambda _: self.lane.give_back(offset))
-            raise
+        if not self.end.alive:
+            self.lane.give_back(offset)
+            raise CommClosedError(f"in {self._comm}: closed between two pieces")
         number = next(self._sequence)
         self.pending[number] = Part(offset, part)
         self.say("piece", number, offset, part.nbytes, found)
         counters.count("sent", "file", part.nbytes)
         return True
 
+    def put(self, offset: int, source: npt.NDArray[np.uint8]) -> Future[bytes]:
+        """Have a thread write into the lane; the result is the checksum.
+
+        Raises
+        ------
+        CommClosedError
+            If the lane was closed.
+        """
+        return self._submit(self.lane.put, offset, source)
+
+    def free(self, offset: int, job: Future[bytes]) -> None:
+        """Free a part of the lane once the thread that writes there is done."""
+        give_back = self.lane.give_back
+        job.add_done_callback(lambda _: give_back(offset))
+
     def say(self, *words: Any, raw: npt.NDArray[np.uint8] | None = None) -> None:
         """Send a control item, and what follows it."""
         body = msgpack.packb(words)
         self._comm._send_raw(_WORD.pack(len(body) | CONTROL) + body)
+        counters.count("sent", "inline", _WORD.size + len(body), 0)
         if raw is not None and raw.nbytes:
             self._comm._send_raw(raw.data)
 
     async def drain(self) -> None:
-        """Wait, not for long, until the peer has what was sent to it."""
-        deadline = time.monotonic() + _DRAIN_S
-        with suppress(StreamClosedError, OSError):
-            while self.pending and time.monotonic() < deadline:
+        """Wait until the peer has what was sent to it, or makes no progress."""
+        left, since = len(self.pending), time.monotonic()
+        with suppress(OSError, ReferenceError):
+            while self.pending and time.monotonic() - since < _DRAIN_S:
                 await self.turn(_LOOK_S)
+                if len(self.pending) < left:
+                    left, since = len(self.pending), time.monotonic()
 
     # ------------------------------------------------------------------------------ reading
 
     async def receive(self) -> list[Any]:
         """Return the frames of the next message."""
+        self._begun = True
         while not (self._inbox and not self._inbox[0].missing):
             task = self._reading()
-            await asyncio.wait({task})
-            task.result()
+            try:
+                await asyncio.wait({task})
+                task.result()
+            finally:
+                del task  # its error refers to this frame
         return self._inbox.popleft().frames
 
     async def turn(self, seconds: float) -> None:
-        """Have the stream read for a while, by whoever does."""
+        """Have the stream read for a while, by whoever does; for somebody who writes.
+
+        Raises
+        ------
+        CommClosedError
+            If there is nothing to be read any more.
+        """
+        if not self._begun or len(self._inbox) >= _MOST_UNREAD:
+            await asyncio.sleep(min(seconds, _LOOK_S))
+            return
         task = self._reading()
-        await asyncio.wait({task}, timeout=seconds)
-        if task.done():
-            task.result()
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if not task.done():
+                return
+            if task.cancelled():
+                raise CommClosedError("reading was cancelled")
+            error = task.exception()
+            if error is not None:
+                raise CommClosedError(f"in {self._comm}: {error!r}")
+        finally:
+            del task
 
     def _reading(self) -> asyncio.Task[None]:
         """Return the task that reads the next item; cancelling it would break the stream."""
-        if self._task is None or self._task.done():
+        if self._task is None:
             self._task = asyncio.ensure_future(self._advance())
-            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._task.add_done_callback(self._over)
         return self._task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._task = None  # its error refers to this object
+        if not task.cancelled():
+            task.exception()
 
     async def _advance(self) -> None:
         comm = self._comm
@@ -280,14 +343,16 @@ class FarStream:
                 body = await stream.read_bytes(nbytes)
                 counters.count("received", "inline", _WORD.size + nbytes, 0)
                 await self._hear(stream, *msgpack.unpackb(body, use_list=True))
+            elif self._inbox and self._inbox[-1].gaps:
+                raise ValueError("a message in the middle of another")
             else:
                 frames, manifest = await comm._read_message(stream, word)
                 await self._begin(stream, frames, manifest)
         except (StreamClosedError, OSError):
             raise
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             with suppress(ReferenceError):
-                comm.abort()
+                comm.abort()  # also lest the stream write into memory that is given back
             raise
 
     async def _begin(self, stream: IOStream, frames: list[Any], manifest: list[Any]) -> None:
@@ -350,11 +415,13 @@ class FarStream:
             raise ValueError(f"a piece of {nbytes} bytes in the middle of a frame")
         right = False
         if isinstance(found, bytes):
-            with suppress(OSError, PoolError, TimeoutError):
-                right = await self._get(gap.bytes, nbytes, offset, found)
+            with suppress(OSError, PoolError):
+                far = await self._peers_lane()
+                right = await self._within(gap.target.read, far, gap.start, nbytes, offset, found)
         if right:
             counters.count("received", "file", nbytes)
-            self.say("ack", number)
+            with suppress(CommClosedError):  # a peer that has gone needs none
+                self.say("ack", number)
             await self._filled(gap)
             return
         counters.explain(
@@ -368,7 +435,7 @@ class FarStream:
         self.say("nack", number)
 
     async def _fill_plainly(self, stream: IOStream, gap: Gap) -> None:
-        await wire.read_into(stream, gap.bytes[: gap.nbytes].data)
+        await wire.read_into(stream, gap.target.bytes[gap.start : gap.start + gap.nbytes].data)
         counters.count("received", "inline", gap.nbytes)
         await self._filled(gap)
 
@@ -385,7 +452,7 @@ class FarStream:
         if assembly.announced == target.nbytes:
             assembly.gaps.popleft()
             assembly.announced = 0
-        return Gap(assembly, place, target, target.bytes[start:], nbytes)
+        return Gap(assembly, place, target, start, nbytes)
 
     async def _filled(self, gap: Gap) -> None:
         gap.target.left -= gap.nbytes
@@ -393,19 +460,36 @@ class FarStream:
             gap.assembly.frames[gap.place] = await self.run(gap.target.finish)
             gap.assembly.missing -= 1
 
-    async def _get(
-        self, target: npt.NDArray[np.uint8], nbytes: int, offset: int, found: bytes
-    ) -> bool:
-        if self._far is None:
+    async def _peers_lane(self) -> FarLane:
+        """Return the peer's lane. An OSError or PoolError says that it is not to be had."""
+        far = self._far
+        if far is None:
             if self.peer is None:
                 await asyncio.wait_for(self._named.wait(), _PEER_S)
             assert self.peer is not None
-            self._far = await self.run(FarLane, self.settings, self.peer.lane, self.peer.token)
-        return await self.run(self._far.get, target, nbytes, offset, found)
+            far = await self._within(FarLane, self.settings, self.peer.lane, self.peer.token)
+            if self.end.alive:
+                self._far = far
+        return far
+
+    async def _within(self, job: Callable[..., T], *args: Any) -> T:
+        """Run a job that reads in the exchange folder; its memory is written until it has ended."""
+        future = asyncio.wrap_future(self._submit(job, *args))
+        future.add_done_callback(lambda one: one.cancelled() or one.exception())
+        done, _ = await asyncio.wait({future}, timeout=_FILE_S)
+        if not done:
+            raise ValueError(f"{self.lane.folder} has not answered for {_FILE_S:g} s")
+        return done.pop().result()
+
+    def _submit(self, job: Callable[..., T], *args: Any) -> Future[T]:
+        try:
+            return self.lane.submit(job, *args)
+        except RuntimeError as error:
+            raise CommClosedError(f"the lane was closed: {error}") from error
 
     async def run(self, job: Callable[..., T], *args: Any) -> T:
         """Run a job on the threads of the lane."""
-        return await asyncio.wrap_future(self.lane.submit(job, *args))
+        return await asyncio.wrap_future(self._submit(job, *args))
 
     # ------------------------------------------------------------------------------- probing
 
@@ -416,12 +500,16 @@ class FarStream:
         ------
         TimeoutError
             If there is none in time.
+        CommClosedError
+            If there will be none.
         """
         number = next(self._sequence)
         self._answers[number] = None
         deadline = time.monotonic() + seconds
         try:
             self.say(op, number, *words, raw=raw)
+            if raw is not None:
+                counters.count("sent", "inline", raw.nbytes, 0)
             while self._answers[number] is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -437,18 +525,21 @@ class FarStream:
             offset, nbytes, found, look = words
             target = aligned(wire.check_size(_count(nbytes)))
             right, seen = False, None
-            with suppress(OSError, PoolError, TimeoutError):
-                right = await self._get(target, nbytes, _count(offset), found)
-                if look:
-                    seen = await self.run(self._look, offset, nbytes, found)
-                if look == 2:
-                    self._looked = None
+            with suppress(OSError, PoolError):
+                far = await self._peers_lane()
+                right = await self._within(far.get, target, nbytes, _count(offset), found)
+                if look and right:
+                    seen = await self._within(self._look, far, offset, nbytes, found)
+            if look != 1:
+                self._looked = None
             self.say("reply", number, right, seen)
         elif op == "sink":
             nbytes = wire.check_size(_count(words[0]))
             await wire.read_buffer(stream, nbytes)
             counters.count("received", "inline", nbytes, 0)
             self.say("reply", number, True)
+        elif op == "ask" and self._asked:
+            self.say("reply", number, None)  # one at a time
         elif op == "ask":  # how does it look from your side?
             task = asyncio.ensure_future(self._tell(number))
             self._asked.add(task)
@@ -456,20 +547,19 @@ class FarStream:
         else:
             raise ValueError(f"a control item {op!r:.100}")
 
-    def _look(self, offset: int, nbytes: int, found: bytes) -> bool | None:
+    def _look(self, far: FarLane, offset: int, nbytes: int, found: bytes) -> bool | None:
         """Say whether a mapping that was there before shows what was written; None the first time.
 
         The only mapping of a peer's lane that there ever is, and it ends with the probe.
         """
-        if self._looked is None:
-            assert self._far is not None
-            self._looked = Look(self._far.path, offset + nbytes)
+        looked = self._looked
+        if looked is None or (looked.offset, looked.nbytes) != (offset, nbytes):
+            self._looked = Look(far.path, offset, nbytes)
             return None
-        seen: bool = self._looked.shows(offset, nbytes, found)
-        return seen
+        return bool(checksum(looked.bytes) == found)
 
     async def _tell(self, number: int) -> None:
-        with suppress(StreamClosedError, OSError, ReferenceError):
+        with suppress(OSError, ReferenceError):  # a peer that has gone needs no answer
             verdict = await probe.probe(self)
             self.say("reply", number, verdict.figures())
 

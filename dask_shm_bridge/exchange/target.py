@@ -1,19 +1,18 @@
-"""Where bytes from another kernel go on this side, and how they look in a mapping."""
+"""Where bytes from another kernel go on this side."""
 
 from __future__ import annotations
 
-import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_bridge.exchange.lane import checksum
 from dask_shm_bridge.mapping.direct import aligned
 
 if TYPE_CHECKING:
+    from dask_shm_bridge.exchange.lane import FarLane
     from dask_shm_bridge.ledger import Grant
-    from dask_shm_bridge.pool import Pool
+    from dask_shm_bridge.store import Pool
 
 
 class Target:
@@ -48,6 +47,13 @@ class Target:
         else:
             self._grant, self.bytes = reserved
 
+    def read(self, far: FarLane, start: int, nbytes: int, offset: int, expected: bytes) -> bool:
+        """Fill a part from a peer's lane; say whether it is right.
+
+        A method of this object, so that its memory is not given back while a thread writes there.
+        """
+        return far.get(self.bytes[start:], nbytes, offset, expected)
+
     def finish(self) -> memoryview:
         """Return the frame, writeable and of its own."""
         if self._grant is None:
@@ -63,17 +69,4 @@ class Target:
         grant = getattr(self, "_grant", None)
         if grant is not None:
             assert self._pool is not None
-            self._pool.events.put(("lease", (grant.extent, grant.lease)))
-
-
-class Look:
-    """A mapping of a peer's lane, by which the probe sees whether two kernels share memory."""
-
-    def __init__(self, path: str, nbytes: int) -> None:
-        with open(path, "rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
-        self._touched = sum(self._mapped[:: mmap.PAGESIZE])
-
-    def shows(self, offset: int, nbytes: int, found: Any) -> bool:
-        """Say whether it shows bytes with this checksum."""
-        return bool(checksum(self._mapped[offset : offset + nbytes]) == found)
+            self._pool.cede(grant)

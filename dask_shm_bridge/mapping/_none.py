@@ -17,12 +17,18 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 GUARD_PREFIX = "g"
+MAPPINGS: int | None = None
 PAGE_BYTES = 4096
+commit_keeps = True
+Directory: Any = _refuse
 GuardLock: Any = _refuse
 Mapping: Any = _refuse
 MemberLock: Any = _refuse
-boot_id = commit = create_directory = filesystem_bytes = is_alive = is_removed = _refuse
-memory_file = open_directory = open_file = try_lock = unlock = _refuse
+Range: Any = _refuse
+Ranges: Any = _refuse
+Scratch: Any = _refuse
+allocate = boot_id = commit = create_directory = extend = is_alive = is_removed = _refuse
+read_at = still_open = try_lock = unlock = write_at = _refuse
 
 
 def default_pool_path() -> None:

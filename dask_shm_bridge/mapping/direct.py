@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import stat
 import threading
@@ -37,6 +38,28 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def opened(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file, never waiting for whoever is at the other end of a FIFO.
+
+    Raises
+    ------
+    OSError
+        If it can't be opened so.
+    PoolUnsafeError
+        If it is a link or no regular file.
+    """
+    fd = os.open(path, flags | _FLAGS | getattr(os, "O_NONBLOCK", 0), 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.islink(path):
+            raise PoolUnsafeError(f"{path} in the exchange folder is no regular file")
+        if os.name != "nt":
+            os.set_blocking(fd, True)  # 9p reads short otherwise
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 class DirectFile:
     """A file that two kernels share.
 
@@ -60,15 +83,12 @@ class DirectFile:
     def __init__(self, path: str, *, foreign: bool, create: bool = False) -> None:
         self.path = path
         self.foreign = foreign
-        flags = _FLAGS | (os.O_RDWR | os.O_CREAT | os.O_EXCL if create else os.O_RDONLY)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL if create else os.O_RDONLY
         if foreign:
             flags |= os.O_DIRECT
         self._turn = threading.Lock()  # where there is one position for all
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = opened(path, flags)
         try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode) or os.path.islink(path):
-                raise PoolUnsafeError(f"{path} in the exchange folder is no regular file")
             self._raw = io.FileIO(self._fd, "r+" if create else "r", closefd=False)
         except BaseException:
             self.close()
@@ -116,3 +136,38 @@ class DirectFile:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             self.close()
+
+
+class Look:
+    """A mapping of a part of a file, by which the probe sees whether two kernels share memory.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    offset, nbytes : int
+        Which part; at a multiple of what the platform can map.
+
+    Raises
+    ------
+    OSError
+        If it can't be mapped.
+    PoolUnsafeError
+        If it is a link or no regular file.
+    """
+
+    def __init__(self, path: str, offset: int, nbytes: int) -> None:
+        self.offset, self.nbytes = offset, nbytes
+        fd = opened(path)
+        try:
+            self._mapped = mmap.mmap(fd, max(1, nbytes), access=mmap.ACCESS_READ, offset=offset)
+        except (ValueError, OverflowError) as error:  # the file is shorter
+            raise OSError(f"{path} can't be mapped: {error}") from None
+        finally:
+            os.close(fd)
+        self._touched = sum(self._mapped[:: mmap.PAGESIZE])
+
+    @property
+    def bytes(self) -> bytes:
+        """What it shows now."""
+        return self._mapped[: self.nbytes]

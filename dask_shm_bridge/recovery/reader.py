@@ -63,8 +63,8 @@ def _main(pool: str, timeout_s: float) -> int:
     from dask_shm_bridge import inspection, mapping
     from dask_shm_bridge.record import Record
 
-    directory = mapping.open_directory(pool)
-    lock = mapping.open_file("ledger.lock", dir_fd=directory)
+    with mapping.Directory(pool) as directory:
+        lock = directory.open_file("ledger.lock")
     try:
         inspection.lock(lock, timeout_s)
     except LedgerBusyError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -139,11 +138,8 @@ def _look(path: str | None, timeout_s: float) -> Survey:
     if there is None:
         return Survey(str(path), False)
     try:
-        base = mapping.open_directory(there)
-        try:
-            os.stat("lock", dir_fd=base, follow_symlinks=False)
-        finally:
-            os.close(base)
+        with mapping.Directory(there) as base:
+            base.size_of("lock")
     except FileNotFoundError:
         left = sorted(os.listdir(there)) if os.path.isdir(there) else []
         found = [Finding("stray", name, f"{there}/{name} belongs to no pool") for name in left]
@@ -161,18 +157,18 @@ def _look(path: str | None, timeout_s: float) -> Survey:
         raise PoolError(f"{there} can't be looked at: {error}") from error
 
 
-def _look_inside(path: str, base: int, timeout_s: float) -> Survey:
+def _look_inside(path: str, base: mapping.Directory, timeout_s: float) -> Survey:
     findings, pools = [], []
     current = None
     try:
         current = folder._current(base)
-        names = set(os.listdir(base))
+        names = set(base.names())
         if "current" in names and current not in names:
             findings.append(
                 Finding("pointer", "current", f"{path}/current names no pool that is there")
             )
     except PoolError as error:
-        names = set(os.listdir(base))
+        names = set(base.names())
         findings.append(Finding("unsafe", "current", str(error)))
     for name in sorted(names - {"lock", "current"}):
         if folder._NAME.fullmatch(name):
@@ -185,7 +181,9 @@ def _look_inside(path: str, base: int, timeout_s: float) -> Survey:
     return Survey(path, True, tuple(pools), tuple(findings))
 
 
-def _look_at_pool(path: str, base: int, name: str, current: bool, timeout_s: float) -> Seen:
+def _look_at_pool(
+    path: str, base: mapping.Directory, name: str, current: bool, timeout_s: float
+) -> Seen:
     seen = Seen(name, current, False)
     place = os.path.join(path, name)
     try:
@@ -196,8 +194,7 @@ def _look_at_pool(path: str, base: int, name: str, current: bool, timeout_s: flo
         text = f"{place} was left by processes that were killed: nobody uses it"
         return replace(seen, findings=(Finding("leftover", name, text),))
     with ExitStack() as stack:
-        directory = mapping.open_directory(name, dir_fd=base)
-        stack.callback(os.close, directory)
+        directory = stack.enter_context(base.directory(name))
         findings = list(_wrong_files(place, directory))
         if any(found.kind != "stray" for found in findings):  # what is written there isn't read
             return replace(seen, findings=tuple(findings))
@@ -222,8 +219,7 @@ def _look_at_pool(path: str, base: int, name: str, current: bool, timeout_s: flo
         findings += broken
         if any(found.kind == "tables" for found in broken):
             return replace(seen, findings=tuple(findings))
-        members = mapping.open_directory("members", dir_fd=directory)
-        stack.callback(os.close, members)
+        members = stack.enter_context(directory.directory("members"))
         present, dead = _members(tables, members)
         findings += dead
     return replace(
@@ -242,9 +238,9 @@ def _look_at_pool(path: str, base: int, name: str, current: bool, timeout_s: flo
     )
 
 
-def _wrong_files(place: str, directory: int) -> Iterator[Finding]:
+def _wrong_files(place: str, directory: mapping.Directory) -> Iterator[Finding]:
     """Look at types, owners, modes and links, without opening anything."""
-    if os.listdir(directory) == ["members"]:
+    if directory.names() == ["members"]:
         yield Finding(
             "missing",
             os.path.basename(place),
@@ -255,7 +251,7 @@ def _wrong_files(place: str, directory: int) -> Iterator[Finding]:
     for name in (*_FOLDERS, *_FILES, "ledger/data.mdb"):
         subject = f"{os.path.basename(place)}/{name}"
         try:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            text = directory.flaw(name, folder=name in _FOLDERS)
         except FileNotFoundError:
             yield Finding(
                 "missing",
@@ -264,28 +260,20 @@ def _wrong_files(place: str, directory: int) -> Iterator[Finding]:
                 "at a logout (RemoveIPC= in logind.conf)",
             )
             continue
-        right = stat.S_ISDIR if name in _FOLDERS else stat.S_ISREG
-        text = None
-        if not right(status.st_mode):
-            text = "has the wrong type"
-        elif status.st_uid != os.geteuid():
-            text = f"belongs to user {status.st_uid}"
-        elif status.st_mode & 0o077:
-            text = f"is open to other users (mode {stat.S_IMODE(status.st_mode):o})"
-        elif name not in _FOLDERS and status.st_nlink > 1:
-            text = "has a second name (a hard link)"
         if text is not None:
             yield Finding("unsafe", subject, f"{place}/{name} {text}")
-    for name in sorted(set(os.listdir(directory)) - {*_FILES, *_FOLDERS}):
+    for name in sorted(set(directory.names()) - {*_FILES, *_FOLDERS}):
         yield Finding("stray", name, f"{place}/{name} belongs to no pool")
 
 
-def _header(place: str, name: str, directory: int) -> tuple[Header | None, list[Finding]]:
+def _header(
+    place: str, name: str, directory: mapping.Directory
+) -> tuple[Header | None, list[Finding]]:
     findings = []
-    pool = mapping.open_file("pool", dir_fd=directory)
+    pool = directory.open_file("pool")
     try:
         size = os.fstat(pool).st_size
-        header = Header.unpack(os.pread(pool, HEADER_SIZE, 0))
+        header = Header.unpack(mapping.read_at(pool, HEADER_SIZE, 0))
     except PoolError as error:
         return None, [Finding("header", name, f"{place}/pool is {error}")]
     finally:
@@ -293,7 +281,7 @@ def _header(place: str, name: str, directory: int) -> tuple[Header | None, list[
     if name != f"pool-{header.pool_id.hex()}":
         text = f"the header of {place}/pool is that of pool-{header.pool_id.hex()}"
         findings.append(Finding("header", name, text))
-    record = os.stat("ledger/data.mdb", dir_fd=directory, follow_symlinks=False).st_size
+    record = directory.size_of("ledger/data.mdb")
     for file, found, wanted in (
         ("pool", size, header.layout.file_bytes),
         ("ledger/data.mdb", record, record_bytes(header.layout)),
@@ -304,15 +292,17 @@ def _header(place: str, name: str, directory: int) -> tuple[Header | None, list[
     return header, findings
 
 
-def _members(tables: Tables, folder_fd: int) -> tuple[tuple[Member, ...], list[Finding]]:
+def _members(
+    tables: Tables, lock_files: mapping.Directory
+) -> tuple[tuple[Member, ...], list[Finding]]:
     """Hold the rows of members against their lock files."""
     members, findings = [], []
-    files = set(os.listdir(folder_fd))
+    files = set(lock_files.names())
     connections = Counter(row[0] for row in tables.connections.values())
     for member, (pid, role, held) in sorted(tables.members.items()):
         name = folder._member_name(member, role)
         subject = f"member {member:016x}"
-        alive = mapping.is_alive(name, dir_fd=folder_fd) if name in files else None
+        alive = mapping.is_alive(name, lock_files) if name in files else None
         files.discard(name)
         members.append(Member(f"{member:016x}", pid, role, held, alive))
         if alive is None:
@@ -329,7 +319,7 @@ def _members(tables: Tables, folder_fd: int) -> tuple[tuple[Member, ...], list[F
             )
             findings.append(Finding("dead", subject, text))
     for name in sorted(files):
-        if not mapping.is_alive(name, dir_fd=folder_fd):
+        if not mapping.is_alive(name, lock_files):
             text = f"members/{name} was left by a process that is not in the ledger"
             findings.append(Finding("leftover", f"members/{name}", text))
     return tuple(members), findings

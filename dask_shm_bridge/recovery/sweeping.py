@@ -77,7 +77,7 @@ def sweep(path: str | None, timeout_s: float) -> Swept:
         if "lock" not in names:
             return Swept((), (), (), 0, (), before)
         with folder._locked(there) as base:
-            for name in sorted(filter(folder._NAME.fullmatch, os.listdir(base))):
+            for name in sorted(filter(folder._NAME.fullmatch, base.names())):
                 seen = next((pool for pool in before.pools if pool.name == name), None)
                 try:
                     if not folder._in_use(name, base):
@@ -93,10 +93,10 @@ def sweep(path: str | None, timeout_s: float) -> Swept:
                 except (OSError, PoolError) as error:
                     refused.append(f"{os.path.join(there, name)}: {error}")
             for name in ("current", "current.new"):
-                if name == "current" and folder._current(base) in os.listdir(base):
+                if name == "current" and folder._current(base) in base.names():
                     continue
-                if name in os.listdir(base):
-                    os.unlink(name, dir_fd=base)
+                if name in base.names():
+                    base.unlink(name)
                     files.append(name)
     except OSError as error:
         raise PoolError(f"{there} can't be swept: {error}") from error
@@ -105,29 +105,26 @@ def sweep(path: str | None, timeout_s: float) -> Swept:
 
 
 def _sweep_members(
-    path: str, name: str, base: int, timeout_s: float, left: set[str]
+    path: str, name: str, base: mapping.Directory, timeout_s: float, left: set[str]
 ) -> tuple[list[str], int, list[str]]:
     """Take a pool's dead members out of its ledger, as its living ones do under pressure."""
     with ExitStack() as stack:
-        directory = mapping.open_directory(name, dir_fd=base)
-        stack.callback(os.close, directory)
-        pool = mapping.open_file("pool", dir_fd=directory)
+        directory = stack.enter_context(base.directory(name))
+        pool = directory.open_file("pool")
         try:
             header = folder._read_header(path, name, pool)
         finally:
             os.close(pool)
-        members = mapping.open_directory("members", dir_fd=directory)
-        stack.callback(os.close, members)
-        lock = mapping.open_file("ledger.lock", dir_fd=directory)
+        members = stack.enter_context(directory.directory("members"))
+        lock = directory.open_file("ledger.lock")
         stack.callback(os.close, lock)
         ledger = Ledger(os.path.join(path, name, "ledger"), lock, header.layout, timeout_s)
         stack.callback(ledger.close)
         rows = {folder._member_name(row.id, row.role): row.id for row in ledger.members()}
         dead = [
             each
-            for each in os.listdir(members)
-            if (each in rows or f"members/{each}" in left)
-            and not mapping.is_alive(each, dir_fd=members)
+            for each in members.names()
+            if (each in rows or f"members/{each}" in left) and not mapping.is_alive(each, members)
         ]
         gone = [rows[each] for each in dead if each in rows]
         freed = ledger.leave(gone) if gone else 0

@@ -28,7 +28,7 @@ from distributed import Client
 from process import deployment
 from process.deployment import Deployment, MiB
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from dask_shm_bridge.config import Settings
 from faults.direct import SELDOM
 from faults.points import FOLDER, POINTS, STOCK, WHENS, Fault
@@ -384,7 +384,7 @@ class Chaos:
 
     def _account(self) -> None:
         """Count what is left in the ledger, then without the cluster, then on the disk."""
-        joined = pool.attach(Settings.from_config())
+        joined = store.attach(Settings.from_config())
         self._settle(joined, "with the cluster", self._explained)
         gc.collect()
         if self.random.random() < 0.5:  # all at once, as at the end of a container
@@ -395,7 +395,7 @@ class Chaos:
                 self.round.faults.append({**fault, "done": True, "kills": 1})
         self.deployment.close()
         self._settle(joined, "after the cluster", partial(_alone, joined))
-        pool.detach_all()
+        store.detach_all()
         del joined
         gc.collect()
         left = sorted(os.listdir(self.pool_folder)) if self.pool_folder.exists() else []
@@ -403,7 +403,7 @@ class Chaos:
             self.round.leaks.append(f"files: {left}")
 
     def _settle(
-        self, joined: pool.Pool, when: str, explained: Callable[[dict[str, Any]], bool]
+        self, joined: store.Pool, when: str, explained: Callable[[dict[str, Any]], bool]
     ) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while True:
@@ -465,7 +465,7 @@ class Chaos:
         if hasattr(self, "deployment"):
             self.deployment.close()
         with contextlib.suppress(Exception):
-            pool.detach_all()
+            store.detach_all()
 
 
 def _is_dasks(kinds: list[str], file: str) -> bool:
@@ -481,14 +481,14 @@ def held_here() -> list[tuple[int, int, str]]:
 
     gc.collect()
     found: list[tuple[int, int, str]] = []
-    for joined in pool.joined():
+    for joined in store.joined():
         joined.settle()
         grants = [claim.grant for claim in joined.views.oldest()]
         found += [(g.extent, g.lease, t) for g, t in zip(grants, holders(joined), strict=False)]
     return found
 
 
-def _alone(joined: pool.Pool, rows: dict[str, Any]) -> bool:
+def _alone(joined: store.Pool, rows: dict[str, Any]) -> bool:
     return (
         not rows["connection"] and not rows["extent"] and rows["member"].keys() == {joined.member}
     )

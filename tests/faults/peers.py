@@ -30,7 +30,7 @@ import numpy as np
 from distributed.comm import CommClosedError, connect, listen
 from distributed.protocol import to_serialize
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from dask_shm_bridge.errors import PoolError
 from faults import points
 
@@ -134,7 +134,7 @@ class Peer:
             elif do == "audit":
                 self.tell(audit=await loop.run_in_executor(None, audit, command["members"]))
             elif do == "leave":
-                await loop.run_in_executor(None, pool.detach_all)
+                await loop.run_in_executor(None, store.detach_all)
                 self.tell(left=True)
                 return
 
@@ -198,14 +198,14 @@ class Peer:
 
     async def upset(self) -> None:
         """Do what happens now and then."""
-        joined = pool.attached()
+        joined = store.attached()
         chance = self.random.random()
         if joined is not None and chance < 0.15:
             joined.events.put(("sweep", None))
         elif joined is not None and chance < 0.25:
             joined.events.put(("trim", None))
         elif chance < 0.28:
-            await asyncio.get_running_loop().run_in_executor(None, pool.detach_all)
+            await asyncio.get_running_loop().run_in_executor(None, store.detach_all)
 
     # ------------------------------------------------------------------------------ listener
 
@@ -330,7 +330,7 @@ class Peer:
 
 
 def _join() -> None:
-    pool.attach()
+    store.attach()
 
 
 def audit(members: int) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def audit(members: int) -> dict[str, Any]:
     while True:
         gc.collect()
         try:
-            joined = pool.attach()
+            joined = store.attach()
         except PoolError as error:  # kept for some seconds, since a peer was stopped in a lock
             if time.monotonic() > deadline:
                 return {"ok": False, "error": str(error)}
@@ -358,7 +358,7 @@ def audit(members: int) -> dict[str, Any]:
         time.sleep(0.02)
 
 
-def holders(joined: pool.Pool) -> list[str]:
+def holders(joined: store.Pool) -> list[str]:
     """Say by which objects the views of this process are kept alive."""
     # The collector does not know arrays: they are found through those that it knows. Modules are
     # left out: that of asyncio shows objects that are freed (python/cpython#122695, in 3.12.3).
@@ -398,7 +398,7 @@ def _name(link: Any) -> str:
 
 def ghost(channel: socket.socket) -> None:
     """Join, take some of everything, and die."""
-    joined = pool.attach()
+    joined = store.attach()
     connection = joined.connect()
     assert connection is not None
     joined.ledger.ship(joined.member, connection, [], [(1, 100_000), (2, 70_000)], "input")

@@ -40,7 +40,7 @@ POINTS = {
     "ship": "dask_shm_bridge.ledger:Ledger.ship",
     "allocate": "dask_shm_bridge.ledger:Ledger._allocate",
     "ticket": "dask_shm_bridge.ledger:_ticket",
-    "commit": "dask_shm_bridge.pool:Pool.commit",
+    "commit": "dask_shm_bridge.store:Pool.commit",
     "copy": "dask_shm_bridge.copying:Copier.copy",
     "send": "dask_shm_bridge.comm:ShmTCP._send",
     "send-pieces": "dask_shm_bridge.comm:ShmTCP._write_in_pieces",
@@ -48,8 +48,8 @@ POINTS = {
     "receive": "dask_shm_bridge.comm:ShmTCP._read_frames",
     "adopt": "dask_shm_bridge.ledger:Ledger.adopt",
     "view": "dask_shm_bridge.views:Views.claim",
-    "copy-out": "dask_shm_bridge.pool:Pool.copy_out",
-    "take-piece": "dask_shm_bridge.pool:Pool.take_piece",
+    "copy-out": "dask_shm_bridge.store:Pool.copy_out",
+    "take-piece": "dask_shm_bridge.store:Pool.take_piece",
     # giving back
     "release": "dask_shm_bridge.ledger:Ledger.give_back",
     "detach": "dask_shm_bridge.views:Views.detach",
@@ -213,7 +213,7 @@ def _track(stock: bool) -> None:
         TCP.read, TCP.write = tracked(TCP.read), tracked(TCP.write)
         return
     from dask_shm_bridge.comm import ShmTCP
-    from dask_shm_bridge.pool import Pool
+    from dask_shm_bridge.store import Pool
 
     ShmTCP.read = tracked(ShmTCP.read)  # type: ignore[method-assign]
     ShmTCP.write = tracked(ShmTCP.write)  # type: ignore[method-assign]

@@ -112,7 +112,7 @@ SABOTAGE = """
     from faults import peers
     from faults.points import Fault
     from faults.trial import Trial
-    from dask_shm_bridge import folder, ledger, pool, views
+    from dask_shm_bridge import folder, ledger, store, views
 
     peers.AUDIT_S = 2.0
     {sabotage}

@@ -16,7 +16,7 @@ from distributed.comm.core import CommClosedError
 from tornado.iostream import StreamClosedError
 
 from dask_shm_bridge import comm as shm
-from dask_shm_bridge import pool, wire
+from dask_shm_bridge import store, wire
 from dask_shm_bridge.shipment import Frame
 
 from .mutation import EXTREMES, mutate, number, twist, value
@@ -68,7 +68,7 @@ class _Stream:
 class _Comm(shm.ShmTCP):
     """A comm over such a stream, which stops before Dask's own part of reading."""
 
-    def __init__(self, shared: pool.Pool, data: bytes = b"") -> None:
+    def __init__(self, shared: store.Pool, data: bytes = b"") -> None:
         super().__init__(_Stream(data), "shm://here:1", "shm://there:2")
         self._shared = shared
         self._receive_by(shared, _connect(shared))
@@ -79,7 +79,7 @@ class _Comm(shm.ShmTCP):
         return self._connection
 
 
-def _connect(shared: pool.Pool) -> int:
+def _connect(shared: store.Pool) -> int:
     """Make a connection, however long that takes on a busy machine."""
     while (connection := shared.connect()) is None:
         pass
@@ -87,9 +87,9 @@ def _connect(shared: pool.Pool) -> int:
 
 
 @contextlib.contextmanager
-def _joined() -> Iterator[pool.Pool]:
-    shared = pool.attach()
-    pool._pools.pop(shared.path)
+def _joined() -> Iterator[store.Pool]:
+    shared = store.attach()
+    store._pools.pop(shared.path)
     with _patched(), contextlib.closing(shared):
         yield shared
 
@@ -113,7 +113,7 @@ def _patched() -> Iterator[None]:
         tcp["set_tcp_timeout"] = timeout
 
 
-def _settled(shared: pool.Pool) -> None:
+def _settled(shared: store.Pool) -> None:
     """See that nothing is left of the cases before."""
     gc.collect()  # what asyncio raises refers to itself, and to what had been read by then
     shared.settle()
@@ -127,7 +127,7 @@ def _settled(shared: pool.Pool) -> None:
 class _Message:
     """A message that is right: some of its frames lie in the pool, some come in pieces."""
 
-    def __init__(self, rng: Random, shared: pool.Pool, connection: int) -> None:
+    def __init__(self, rng: Random, shared: store.Pool, connection: int) -> None:
         self.expected: dict[int, bytes] = {}
         self.manifest: list[list[Any]] = []
         self.frames = [rng.randbytes(rng.randrange(200)) for _ in range(rng.randrange(1, 4))]

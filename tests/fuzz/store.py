@@ -192,13 +192,13 @@ def ledger_pages() -> Iterator[Case]:
         used = [at for at in range(0, nbytes, 4096) if any(sound[at : at + 4096])]
         lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
         null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        copy = mapping.memory_file("fuzz")
+        copy = mapping.Scratch("fuzz")
 
         def walked(data: bytes) -> int:
             os.dup2(null, 1)
             os.dup2(null, 2)
-            os.pwrite(copy, data, 0)
-            return walk.main([str(copy), str(nbytes), json.dumps(sys.path)])
+            os.pwrite(copy.fd, data, 0)
+            return walk.main([copy.hand_over()[0], str(nbytes), json.dumps(sys.path)])
 
         def opened(rng: Random) -> int:
             os.dup2(null, 2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_bridge import pool, to_device
+from dask_shm_bridge import store, to_device
 
 
 def numbers(nbytes: int, seed: int = 0, dtype: Any = np.uint8) -> Any:
@@ -22,7 +22,7 @@ def device_numbers(nbytes: int, seed: int = 0) -> Any:
 
 def pinned(x: Any) -> Any:
     """Wait until what an array lies in is registered; return how much is."""
-    for joined in pool.joined():
+    for joined in store.joined():
         if joined.pins is not None:
             joined.pins.settle()
             return joined.pins.pinned_bytes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from placing import moved, placed
 
-from dask_shm_bridge import counters, pool, to_device
+from dask_shm_bridge import counters, store, to_device
 from dask_shm_bridge.cuda import pinning, transfer, worker
 from dask_shm_bridge.layout import HEADER_BYTES
 
@@ -25,9 +25,9 @@ def pool_options() -> dict[str, Any]:
 
 
 @pytest.fixture
-def joined() -> Iterator[pool.Pool]:
+def joined() -> Iterator[store.Pool]:
     """A pool whose slots this process registers."""
-    joined = pool.attach()
+    joined = store.attach()
     worker._pin(joined)
     yield joined
     pins, joined.pins = joined.pins, None
@@ -36,7 +36,7 @@ def joined() -> Iterator[pool.Pool]:
     assert joined.ledger.usage()["counts"]["lease"] == 0
 
 
-def test_nothing_is_registered_before_it_is_used(joined: pool.Pool) -> None:
+def test_nothing_is_registered_before_it_is_used(joined: store.Pool) -> None:
     assert joined.pins.pinned_bytes == 0
     x = placed(joined, tasks.numbers(MiB))
     assert joined.pins.settle()
@@ -44,7 +44,7 @@ def test_nothing_is_registered_before_it_is_used(joined: pool.Pool) -> None:
     del x
 
 
-def test_extent_over_two_slots(joined: pool.Pool) -> None:
+def test_extent_over_two_slots(joined: store.Pool) -> None:
     data = tasks.numbers(SLOT + MiB, 3)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -53,7 +53,7 @@ def test_extent_over_two_slots(joined: pool.Pool) -> None:
     assert moved(before) == {"pinned": SLOT + MiB, "staged": 0, "pageable": 0}
 
 
-def test_extent_half_registered(joined: pool.Pool) -> None:
+def test_extent_half_registered(joined: store.Pool) -> None:
     joined.pins.close()
     joined.pins = pinning.Pins(joined, SLOT)  # room for one slot
     data = tasks.numbers(SLOT + MiB, 4)
@@ -80,7 +80,7 @@ def test_extent_half_registered(joined: pool.Pool) -> None:
     assert sum(moved(before, "from_device").values()) == data.nbytes
 
 
-def test_part_of_an_extent(joined: pool.Pool) -> None:
+def test_part_of_an_extent(joined: store.Pool) -> None:
     data = tasks.numbers(3 * SLOT, 5)
     x = placed(joined, data)
     assert joined.pins.settle()
@@ -90,7 +90,7 @@ def test_part_of_an_extent(joined: pool.Pool) -> None:
         assert moved(before)["pinned"] == x[part].nbytes
 
 
-def test_refused_registration(joined: pool.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_registration(joined: store.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
     def refuse(*args: Any) -> None:
@@ -107,7 +107,7 @@ def test_refused_registration(joined: pool.Pool, monkeypatch: pytest.MonkeyPatch
     assert counters.snapshot()["fallbacks"]["not-pinned"] >= 1
 
 
-def test_no_pinned_memory_at_all(joined: pool.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pinned_memory_at_all(joined: store.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     joined.pins.close()
     monkeypatch.setattr(transfer, "_stages", [])
     data = tasks.numbers(SLOT, 7)
@@ -119,7 +119,7 @@ def test_no_pinned_memory_at_all(joined: pool.Pool, monkeypatch: pytest.MonkeyPa
     assert moved(before, "from_device")["pageable"] == SLOT
 
 
-def test_unregistered_when_the_pool_is_left(joined: pool.Pool) -> None:
+def test_unregistered_when_the_pool_is_left(joined: store.Pool) -> None:
     import cupy
 
     x = placed(joined, tasks.numbers(MiB))
@@ -133,7 +133,7 @@ def test_unregistered_when_the_pool_is_left(joined: pool.Pool) -> None:
     del shared
 
 
-def test_held_view_is_not_detached(joined: pool.Pool) -> None:
+def test_held_view_is_not_detached(joined: store.Pool) -> None:
     x = placed(joined, tasks.numbers(MiB))
     (claim,) = joined.views.oldest()
     with joined.views.hold(x.ctypes.data, x.nbytes) as held:

@@ -22,7 +22,7 @@ import psutil
 from distributed import Client
 
 import dask_shm_bridge
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 
 # What a child needs so that functions of these tests can be pickled by reference.
 ROOT = str(Path(__file__).resolve().parents[len((__package__ or "x").split("."))])
@@ -101,7 +101,7 @@ def private_pool(**more: Any) -> Iterator[dict[str, Any]]:
 
 def leave(folder: Path) -> None:
     """Leave the pool in `folder`, and no other that this process may be in."""
-    joined = pool._pools.pop(str(folder), None)
+    joined = store._pools.pop(str(folder), None)
     if joined is not None:
         joined.close()
 
@@ -401,7 +401,7 @@ def usage(timeout_s: float = 10.0, **wanted: int) -> dict[str, int]:
     deadline = time.monotonic() + timeout_s
     while True:
         gc.collect()
-        joined = pool.attached()
+        joined = store.attached()
         assert joined is not None
         counts: dict[str, int] = joined.ledger.usage()["counts"]
         if all(counts[name] == value for name, value in wanted.items()):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_bridge import pool, to_device
+from dask_shm_bridge import store, to_device
 
 TO_DEVICE, TO_HOST = 1, 2
 
@@ -35,7 +35,7 @@ def boxed(nbytes: int, seed: int) -> Any:
 
 def settled(x: Any = None) -> int:
     """Wait until what lies in the pool here is registered; return how much is."""
-    (joined,) = (one for one in pool.joined() if one.pins is not None)
+    (joined,) = (one for one in store.joined() if one.pins is not None)
     assert joined.pins.settle()
     return int(joined.pins.pinned_bytes)
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from dask_shm_bridge import pool, stats
+from dask_shm_bridge import stats, store
 
 from . import tasks
 from .deployment import Deployment, MiB, environment, measured, usage
@@ -92,7 +92,7 @@ def test_two_containers_whose_workers_are_both_process_1(
     d = moved()
     assert d.copied >= 12 * SIZE, d
     assert d.inline < SMALL, d
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     pids = [member.pid for member in joined.ledger.members() if member.role == "worker"]
     assert pids == [1, 1]
@@ -115,7 +115,7 @@ def test_a_container_that_dies_is_swept_and_the_other_lives(
     victim = deployment.processes[1 if names["c0"] == there else 2]
     victim.send_signal(signal.SIGKILL)
     victim.wait(10)
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
 
     def workers() -> int:
@@ -188,7 +188,7 @@ import json, os
 import numpy as np
 from distributed import Client, LocalCluster
 
-from dask_shm_bridge import pool, stats
+from dask_shm_bridge import store, stats
 
 def work(x, i):
     assert (x == i % 251).all()

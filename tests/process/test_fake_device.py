@@ -22,7 +22,7 @@ from conftest import eventually
 from distributed import Client, wait
 
 import dask_shm_bridge
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from dask_shm_bridge.errors import BridgeError
 
 from . import device_tasks as tasks
@@ -77,7 +77,7 @@ def nothing_is_left(request: pytest.FixtureRequest, cupy: Any) -> Iterator[None]
         assert set(map(tuple, client.run(tasks.well).values())) == {()}
         counts = usage(extent=0, lease=0, ticket=0)
         left = (counts["extent"], counts["lease"], counts["ticket"])
-        assert left == (0, 0, 0), (counts, pool.attached().ledger.members())
+        assert left == (0, 0, 0), (counts, store.attached().ledger.members())
 
 
 # ------------------------------------------------------------------------------ the GPU worker

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster, wait
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from dask_shm_bridge.views import MAPPINGS
 
 from . import tasks
@@ -291,7 +291,7 @@ def test_writes_in_the_scheduler(client: Client, x: np.ndarray) -> None:
 
 def test_views_that_were_detached_keep_their_bytes(client: Client) -> None:
     # as under pressure and past the hold-limit: pages become private, the lease is given back
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     arrays = [client.submit(tasks.numbers, SIZE, seed).result() for seed in range(6)]
     arrays[0][:1000] = -1

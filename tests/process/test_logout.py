@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from dask_shm_bridge import counters, pool, stats
+from dask_shm_bridge import counters, stats, store
 
 from . import tasks
 from .deployment import Deployment, MiB, measured, private_pool
@@ -52,7 +52,7 @@ def test_at_a_logout(
             kept = client.submit(tasks.ramp, SIZE, 1, workers=workers[:1], pure=False)
             array = kept.result()
             right = tasks.crc(array)
-            old = pool.attached()
+            old = store.attached()
             assert old is not None
             shutil.rmtree(folder)
 
@@ -105,4 +105,4 @@ def test_at_a_logout(
             assert said == [1, 1, 1, 0], deployment.said()
             assert caplog.text.count("RemoveIPC=no") == 1
             del array, kept, there, back
-        assert eventually(lambda: old.closed and not pool._lost)
+        assert eventually(lambda: old.closed and not store._lost)

@@ -334,7 +334,7 @@ import os, sys
 import dask, numpy as np
 from distributed import Client, LocalCluster
 import dask_shm_bridge
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 
 def main():
     with LocalCluster(
@@ -343,7 +343,7 @@ def main():
     ) as cluster, Client(cluster) as client:
         x = np.arange(1 << 19)  # 4 MiB
         client.submit(sum, [1]).result()
-        layout = pool.attached().layout
+        layout = store.attached().layout
         with open("/dev/shm/others", "wb") as file:  # others take what is left
             try:
                 while True:

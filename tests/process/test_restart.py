@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 
 from . import tasks
 from .deployment import MiB, measured, usage
@@ -32,7 +32,7 @@ def deployment_options() -> dict[str, Any]:
 
 
 def count_members(client: Client) -> int:
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     joined.attachment.sweep()
     return len(joined.ledger.members())

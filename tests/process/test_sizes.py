@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from distributed import Client, wait
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 
 from . import tasks
 from .deployment import MESSAGES, THRESHOLD, Delta, Deployment, MiB, measured, private_pool, usage
@@ -56,7 +56,7 @@ def no_fallbacks(delta: Delta) -> None:
 @contextmanager
 def full_pool() -> Iterator[None]:
     """Hold all of the pool by leases that nobody can relieve."""
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     connection = joined.connect()
     assert connection is not None

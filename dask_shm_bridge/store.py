@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -73,6 +74,7 @@ class Pool:
         self.views = Views(attachment.pool_fd, self.layout, self.events)
         self.copier = Copier(settings.copy_threads)
         self._jobs = started(4, "shm-bridge")
+        self._reserved: dict[int, Grant] = {}  # by lease: what arrives there from another kernel
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
         self.pins: Any = None  # of a process with a GPU: what of the pool is registered with CUDA
@@ -293,8 +295,7 @@ class Pool:
     def reserve(self, nbytes: int) -> tuple[Grant, npt.NDArray[np.uint8]] | None:
         """Lend this process an extent to fill; return it and its memory, in whole grains.
 
-        None where there is no room. `publish` makes a view of it; else its lease is to be given
-        back.
+        None where there is no room. It ends with `publish`, which makes a view of it, or `cede`.
         """
         grant = None
         if self.views.leased_bytes + nbytes > self.settings.hold_limit * self.layout.size_bytes:
@@ -306,21 +307,34 @@ class Pool:
             if grant is None:
                 self.events.put(("sweep", None))
                 return None
+            self.events.put(("user", 1))
+            self._reserved[grant.lease] = grant
             self._commit(grant)
             self._touch(grant)
             start = HEADER_BYTES + grant.offset
-            return grant, self.views.shared.array[start : start + grains(nbytes)]
+            memory = self.views.shared.array[start : start + grains(nbytes)]
+            self._check_open()  # who leaves later sees what is reserved
+            return grant, memory
         except (LedgerError, OSError):
             if grant is not None:
-                self.events.put(("lease", (grant.extent, grant.lease)))
+                self.cede(grant)
             return None
 
     def publish(self, grant: Grant) -> memoryview | None:
         """Return a view of what `reserve` lent, which has the lease from now on; None if none."""
         try:
-            return self.views.claim(grant)
-        except LedgerError:  # the pool was left
+            view = self.views.claim(grant)
+        except LedgerError:  # the pool was left; the lease stays until this process ends
             return None
+        if view is not None and self._reserved.pop(grant.lease, None) is not None:
+            self.events.put(("user", -1))
+        return view
+
+    def cede(self, grant: Grant) -> None:
+        """Give back what `reserve` lent. Safe in a finalizer."""
+        if self._reserved.pop(grant.lease, None) is not None:
+            self.events.put(("user", -1))
+        self.events.put(("lease", (grant.extent, grant.lease)))
 
     def receive(
         self, connection: int, numbers: Sequence[int], timeout_s: float | None = None
@@ -437,11 +451,15 @@ class Pool:
     def commit(self, offset: int, nbytes: int) -> None:
         """Back a range of the pool with pages: an error here, never SIGBUS later.
 
+        What is there stays.
+
         Raises
         ------
         OSError
-            ENOSPC where the file system is full.
+            ENOSPC where the file system is full; on Windows always, as it can't do that.
         """
+        if not mapping.commit_keeps:
+            raise OSError(errno.EOPNOTSUPP, "no pages without overwriting on this platform")
         mapping.commit(self.attachment.pool_fd, HEADER_BYTES + offset, nbytes)
 
     def _commit(self, grant: Grant) -> None:
@@ -449,7 +467,9 @@ class Pool:
         first = grant.offset // GRAIN_BYTES
         last = -(-(grant.offset + grant.nbytes) // GRAIN_BYTES)
         if 0 in self._committed[first:last]:
-            self.commit(first * GRAIN_BYTES, (last - first) * GRAIN_BYTES)
+            start = HEADER_BYTES + first * GRAIN_BYTES
+            nbytes = (last - first) * GRAIN_BYTES
+            mapping.commit(self.attachment.pool_fd, start, nbytes)
             self._committed[first:last] = b"\1" * (last - first)
 
     def sweep(self) -> int:
@@ -502,10 +522,14 @@ class Pool:
         self.copier.close()
         if self.pins is not None:
             self.pins.close()
-        living = self.views.oldest()
+        living, arriving = self.views.oldest(), list(self._reserved)
         hasty = at_exit and self.views.leased_bytes > _EXIT_BYTES
-        if living and (hasty or not all(self.views.detach(claim) for claim in living)):
-            self.attachment.stay(claim.grant.lease for claim in living)
+        detached = not living or (not hasty and all(self.views.detach(claim) for claim in living))
+        if not detached:
+            self.attachment.stay([*(claim.grant.lease for claim in living), *arriving])
+        elif arriving:  # a thread may write there until this process ends
+            self.views.close()
+            self.attachment.stay(arriving)
         else:
             self.views.close()
             self.attachment.leave()

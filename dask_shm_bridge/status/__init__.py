@@ -1,0 +1,1 @@
+"""How a pool looks from outside: for the command line, notebooks and whoever asks."""
