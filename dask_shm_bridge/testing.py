@@ -33,7 +33,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 from dask_shm_bridge.errors import LedgerError
 
 __all__ = ["Leaks", "cluster", "private_pool", "shm_client", "shm_cluster", "shm_pool"]
@@ -77,7 +77,7 @@ class Leaks:
             Empty if there is nothing.
         """
         leaks: dict[str, Any] = {}
-        joined = pool.attached(str(self.folder))
+        joined = store.attached(str(self.folder))
         if joined is not None:
             with contextlib.suppress(LedgerError):  # it was left just now
                 usage = joined.usage()
@@ -299,7 +299,7 @@ def _environment(config: dict[str, Any]) -> Iterator[None]:
 
 def _leave(folder: Path) -> None:
     """Leave the pool in `folder`, and no other that this process may be in."""
-    joined = pool._pools.pop(str(folder), None)
+    joined = store._pools.pop(str(folder), None)
     if joined is not None:
         joined.close()
 

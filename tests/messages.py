@@ -66,7 +66,8 @@ def _constants(tree: ast.Module) -> dict[str, str]:
     return {
         ast.unparse(node.targets[0]): text_of(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Constant | ast.JoinedStr | ast.BinOp)
     }
 
 
@@ -123,7 +124,7 @@ def causes() -> set[str]:
 def _pairs(targets: list[ast.expr], value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
     for target in targets:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for one, part in zip(target.elts, value.elts, strict=True):
+            for one, part in zip(target.elts, value.elts, strict=False):
                 yield ast.unparse(one), part
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dask_shm_bridge import pool, testing
+from dask_shm_bridge import store, testing
 
 # A project that has this package installed, and nothing of this repository but that.
 PROJECT = {
@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import dask_shm_bridge
-from dask_shm_bridge import pool
+from dask_shm_bridge import store
 
 KEPT = []
 
@@ -59,12 +59,12 @@ def test_that_keeps_an_array(shm_cluster):
 
 
 def test_that_keeps_an_extent(shm_pool):
-    joined = pool.attach()
+    joined = store.attach()
     joined.ledger.allocate(joined.member, [2**16], "input")
 
 
 def test_that_leaves_a_file(shm_pool):
-    pool.attach()
+    store.attach()
     (shm_pool / "forgotten").write_bytes(b"")
 
 
@@ -140,7 +140,7 @@ def test_a_project_that_loads_it(tmp_path: Path) -> None:
 
 def test_without_pytest(pool_folder: Path) -> None:
     with testing.private_pool("8 MiB", "1 MiB") as folder:
-        joined = pool.attach()
+        joined = store.attach()
         assert joined.path == str(folder)
         assert joined.usage()["size_bytes"] == 8 * 2**20
         leaks = testing.Leaks(folder)
