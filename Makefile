@@ -19,7 +19,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-ENVS := demo test test-oldest lint bench
+ENVS := demo test test-oldest lint bench docs
 
 # What pip installs into .venv-<name>.
 INSTALL_demo := -e '.[demo]'
@@ -27,6 +27,7 @@ INSTALL_test := -e '.[test]'
 INSTALL_test-oldest := -e '.[test]' dask==2026.7.1 distributed==2026.7.1
 INSTALL_lint := -e '.[lint]'
 INSTALL_bench := -e '.[bench]'
+INSTALL_docs := -e '.[docs,test]'
 
 # An environment whose Python doesn't start any more (the system's was upgraded) is made again.
 $(foreach env,$(ENVS),$(if $(wildcard .venv-$(env)/stamp),\
@@ -74,6 +75,12 @@ lint: .venv-lint/stamp ## ruff and mypy
 .PHONY: bench
 bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)
 	@.venv-bench/bin/python -m dask_shm_bridge.benchmarks $(BENCH_ARGS)
+
+.PHONY: docs
+docs: .venv-docs/stamp ## the documentation, as HTML in build/docs; warnings are errors
+	@.venv-docs/bin/python -m sphinx -q -W --keep-going -n -d build/doctrees docs build/docs
+	@.venv-docs/bin/python -m pytest -q tests/test_docs.py -k 'not runs_as'
+	@echo build/docs/index.html
 
 .PHONY: fuzz
 fuzz: .venv-test/stamp ## bad input for all that comes from outside (FUZZ_ARGS='--cases 200000')
