@@ -24,9 +24,11 @@ class ShmWorkerPlugin(WorkerPlugin):
 
     async def setup(self, worker: Any) -> None:
         """Upgrade the worker and its stream to the scheduler; pin the pool and report the GPU."""
-        from dask_shm_bridge import upgrade
+        from dask_shm_bridge import figures, metrics, upgrade
         from dask_shm_bridge.cuda import worker as gpu
 
+        figures.add_to_worker(worker)
+        metrics.add(worker)
         if not worker.address.startswith("shm"):
             await upgrade.upgrade_worker(worker)
         if await gpu.setup(worker) is not None:

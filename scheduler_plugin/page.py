@@ -1,0 +1,118 @@
+"""The documents of the dashboard's sessions. Bokeh is imported with it, so it comes at first use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bokeh.models import Div
+from dask.utils import format_bytes
+from distributed.dashboard.components import add_periodic_callback
+from distributed.dashboard.components.scheduler import BOKEH_THEME, env
+from distributed.utils import log_errors
+
+from scheduler_plugin import plots
+from scheduler_plugin.dashboard import PAGE
+
+_INTERVAL_MS = 500
+_ALONE = {"individual-shm-pool": plots.PoolMap, "individual-shm-transfers": plots.Rates}
+_PARTS = (
+    plots.PoolMap,
+    plots.Members,
+    plots.Usage,
+    plots.Rates,
+    plots.Times,
+    plots.Fallbacks,
+    plots.DeviceRates,
+)
+
+# As Dask's own pages, it grows with the window, and becomes a column where that is narrow.
+_TEMPLATE = """
+{% extends "base.html" %}
+{% block extra_resources %}
+<style>
+  #shm { display: grid; height: 100%; gap: 6px; grid-template-columns: minmax(0, 1fr);
+         grid-template-rows: 26px; grid-auto-rows: 320px; }
+  #shm > div { min-width: 0; min-height: 0; }
+  @media (min-width: 992px) {
+    #shm { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr) minmax(0, 3fr);
+           grid-template-rows: 26px repeat(3, minmax(190px, 1fr)); }
+    #shm-summary { grid-column: 1 / span 3; grid-row: 1; }
+    #shm-map { grid-column: 1; grid-row: 2 / span 2; }
+    #shm-members { grid-column: 1; grid-row: 4; }
+    #shm-usage { grid-column: 2; grid-row: 2; }
+    #shm-rates { grid-column: 3; grid-row: 2; }
+    #shm-times { grid-column: 2; grid-row: 3; }
+    #shm-fallbacks { grid-column: 3; grid-row: 3; }
+    #shm-device { grid-column: 2 / span 2; grid-row: 4; }
+  }
+</style>
+{% endblock %}
+{% block content %}
+{% from macros import embed %}
+<div id="shm">
+{% for part in ["summary", "map", "members", "usage", "rates", "times", "fallbacks", "device"] %}
+  <div id="shm-{{ part }}">{{ embed(roots["shm_" + part]) }}</div>
+{% endfor %}
+</div>
+{{ plot_script }}
+{% endblock %}
+"""
+
+
+class Summary(plots.Plot):
+    """One line: which pool, how it is divided, who uses it."""
+
+    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
+        super().__init__(scheduler)
+        self.root = Div(name="shm_summary", **kwargs)
+        self.root.styles = {"font-size": "13px", "white-space": "nowrap", "overflow": "hidden"}
+
+    def show(self) -> None:
+        """Write the line."""
+        state, totals = self.sampler.state, self.sampler.totals
+        modes = totals["connections"]
+        said = ", ".join(f"{count} {mode}" for mode, count in modes.items() if count) or "none"
+        if state is None:
+            text = f"No pool. Connections: {said}"
+        else:
+            layout = state.layout
+            text = (
+                f"<b>{state.path}</b>: {sum(layout.slots)} slots of "
+                f"{format_bytes(layout.slot_bytes)}, {len(state.members)} members, "
+                f"{sum(one.extents for one in state.segments)} extents. Connections: {said}"
+            )
+        if self.root.text != text:
+            self.root.text = text
+
+
+@log_errors
+def document(name: str, scheduler: Any, extra: dict[str, Any], doc: Any) -> None:
+    """Fill a session's document.
+
+    Parameters
+    ----------
+    name : str
+        The page, or a plot of it alone.
+    scheduler : distributed.Scheduler
+        Whose it is.
+    extra : dict
+        What Dask's templates need.
+    doc : bokeh.document.Document
+        To fill.
+    """
+    doc.theme = BOKEH_THEME
+    if name in _ALONE:
+        _show(doc, _ALONE[name](scheduler, sizing_mode="stretch_both"))
+        doc.title = f"Dask: {_ALONE[name].__name__}"
+        return
+    for part in (Summary, *_PARTS):
+        _show(doc, part(scheduler, sizing_mode="stretch_both"))
+    doc.title = "Dask: Shared memory pool"
+    doc.template = env.from_string(_TEMPLATE)
+    doc.template_variables.update({**extra, "page": PAGE})
+
+
+def _show(doc: Any, part: plots.Plot) -> None:
+    part.update()
+    add_periodic_callback(doc, part, _INTERVAL_MS)
+    doc.add_root(part.root)
