@@ -7,6 +7,7 @@ while arrays move, and never while none do.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -27,7 +28,10 @@ _ANSWER = "OK"
 # A client's heartbeat is every 5 s, or less often where a scheduler with many of them asks for it.
 _TELLS_PER_HEARTBEAT = 5
 _LITTLE_BYTES = 64 * 1024  # what Dask's own messages come to must not be told: telling is one
+_LOOK_S = (0.2, 1.0, 5.0)
 _TOKEN = os.urandom(8).hex()
+
+_looking: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
 def process() -> str:
@@ -79,12 +83,26 @@ async def _of_worker(worker: Any) -> dict[str, Any]:
 
 
 def attend_clients() -> None:
-    """Have the clients of this process that are just connecting tell their figures."""
+    """Have the clients of this event loop tell their figures; called when something connects.
+
+    A client can't be found while it connects: it is listed once it has. So this looks again.
+    """
     module = sys.modules.get("distributed.client")
+    loop = asyncio.get_running_loop()
+    if module is not None and loop not in _looking:
+        _looking.add(loop)
+        loop.call_later(_LOOK_S[0], _look, loop, module.Client, _LOOK_S[1:])
+
+
+def _look(loop: asyncio.AbstractEventLoop, kind: Any, later: tuple[float, ...]) -> None:
     with contextlib.suppress(RuntimeError):  # another thread is just making one
-        for client in [] if module is None else list(module.Client._instances):
-            if client.status == "connecting":
+        for client in list(kind._instances):
+            if client.status == "running" and client.loop.asyncio_loop is loop:
                 add_to_client(client)
+    if later:
+        loop.call_later(later[0], _look, loop, kind, later[1:])
+    else:
+        _looking.discard(loop)
 
 
 def add_to_client(client: Any) -> None:
@@ -94,8 +112,7 @@ def add_to_client(client: Any) -> None:
         return
     every_ms = callbacks["heartbeat"].callback_time / _TELLS_PER_HEARTBEAT
     callbacks[KEY] = PeriodicCallback(Teller(client).tell, every_ms)
-    if client.status == "running":  # else it starts this with its own
-        callbacks[KEY].start()
+    callbacks[KEY].start()
 
 
 class Teller:

@@ -51,7 +51,7 @@ class Reports:
         """Take a client's figures; the answer is ``"OK"``, or why not."""
         if client not in self._scheduler.clients:
             return "unknown client"
-        if not isinstance(figures, dict) or not isinstance(seconds, (int, float)):
+        if type(figures) is not dict or type(seconds) not in (int, float):
             return "no figures"
         self.clients[client] = Report("client", client, figures, time(), float(seconds))
         return "OK"

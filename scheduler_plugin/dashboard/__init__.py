@@ -61,7 +61,7 @@ def _documents() -> dict[str, Any]:
 
 def _document(name: str, scheduler: Any, extra: dict[str, Any], doc: Any) -> None:
     """Fill a session's document, as Dask's own functions of this form do."""
-    from scheduler_plugin import page
+    from scheduler_plugin.dashboard import page
 
     page.document(name, scheduler, extra, doc)
 

@@ -1,28 +1,31 @@
-"""The documents of the dashboard's sessions. Bokeh is imported with it, so it comes at first use."""
+"""The documents of the dashboard's sessions. It imports Bokeh, so it is imported at first use."""
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from bokeh.models import Div
-from dask.utils import format_bytes
 from distributed.dashboard.components import add_periodic_callback
 from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.utils import log_errors
 
-from scheduler_plugin import plots
-from scheduler_plugin.dashboard import PAGE
+from scheduler_plugin.dashboard import pool_plots, traffic_plots
+from scheduler_plugin.dashboard.pool_plots import Plot
 
 _INTERVAL_MS = 500
-_ALONE = {"individual-shm-pool": plots.PoolMap, "individual-shm-transfers": plots.Rates}
+_ALONE = {
+    "individual-shm-pool": pool_plots.PoolMap,
+    "individual-shm-transfers": traffic_plots.Rates,
+}
 _PARTS = (
-    plots.PoolMap,
-    plots.Members,
-    plots.Usage,
-    plots.Rates,
-    plots.Times,
-    plots.Fallbacks,
-    plots.DeviceRates,
+    pool_plots.PoolMap,
+    pool_plots.Members,
+    traffic_plots.Usage,
+    traffic_plots.Rates,
+    traffic_plots.Times,
+    traffic_plots.Fallbacks,
+    traffic_plots.DeviceRates,
 )
 
 # As Dask's own pages, it grows with the window, and becomes a column where that is narrow.
@@ -59,7 +62,7 @@ _TEMPLATE = """
 """
 
 
-class Summary(plots.Plot):
+class Summary(Plot):
     """One line: which pool, how it is divided, who uses it."""
 
     def __init__(self, scheduler: Any, **kwargs: Any) -> None:
@@ -67,20 +70,14 @@ class Summary(plots.Plot):
         self.root = Div(name="shm_summary", **kwargs)
         self.root.styles = {"font-size": "13px", "white-space": "nowrap", "overflow": "hidden"}
 
-    def show(self) -> None:
-        """Write the line."""
+    def _show(self) -> None:
         state, totals = self.sampler.state, self.sampler.totals
         modes = totals["connections"]
         said = ", ".join(f"{count} {mode}" for mode, count in modes.items() if count) or "none"
         if state is None:
             text = f"No pool. Connections: {said}"
         else:
-            layout = state.layout
-            text = (
-                f"<b>{state.path}</b>: {sum(layout.slots)} slots of "
-                f"{format_bytes(layout.slot_bytes)}, {len(state.members)} members, "
-                f"{sum(one.extents for one in state.segments)} extents. Connections: {said}"
-            )
+            text = f"<b>{escape(state.path)}</b>: {state.layout}. Connections: {said}"
         if self.root.text != text:
             self.root.text = text
 
@@ -102,17 +99,17 @@ def document(name: str, scheduler: Any, extra: dict[str, Any], doc: Any) -> None
     """
     doc.theme = BOKEH_THEME
     if name in _ALONE:
-        _show(doc, _ALONE[name](scheduler, sizing_mode="stretch_both"))
+        _place(doc, _ALONE[name](scheduler, sizing_mode="stretch_both"))
         doc.title = f"Dask: {_ALONE[name].__name__}"
         return
     for part in (Summary, *_PARTS):
-        _show(doc, part(scheduler, sizing_mode="stretch_both"))
+        _place(doc, part(scheduler, sizing_mode="stretch_both"))
     doc.title = "Dask: Shared memory pool"
     doc.template = env.from_string(_TEMPLATE)
-    doc.template_variables.update({**extra, "page": PAGE})
+    doc.template_variables.update(extra)
 
 
-def _show(doc: Any, part: plots.Plot) -> None:
+def _place(doc: Any, part: Plot) -> None:
     part.update()
     add_periodic_callback(doc, part, _INTERVAL_MS)
     doc.add_root(part.root)

@@ -29,7 +29,10 @@ DEVICE_WAYS = tuple((to, way) for to in ("to_device", "from_device") for way in 
 
 
 class Segment(NamedTuple):
-    """A part of an extent that lies in one slot; neighbours of the same owners are one."""
+    """A part of an extent that lies in one slot; neighbours of the same owners are one.
+
+    The owner whose lease is oldest comes first.
+    """
 
     slot: int
     start: int
@@ -98,12 +101,13 @@ class Sampler:
         self._scheduler = weakref.ref(scheduler)
         self._callback: PeriodicCallback | None = None
         self._asked = 0.0
+        self._gap = False
         self._flows: dict[str, _Flow] = {}
         self.state: State | None = None
         self.reports: list[Report] = []
         self.totals: dict[str, Any] = add_up([])
         self.times: deque[float] = deque(maxlen=_HISTORY)
-        self.used: deque[dict[str, int]] = deque(maxlen=_HISTORY)
+        self.used: deque[dict[str, float]] = deque(maxlen=_HISTORY)
         self.rates: deque[dict[str, float]] = deque(maxlen=_HISTORY)
         self.device_rates: deque[dict[str, float]] = deque(maxlen=_HISTORY)
 
@@ -116,6 +120,7 @@ class Sampler:
         """Say that somebody looks."""
         self._asked = time()
         if self._callback is None:
+            self._gap = True
             self._callback = PeriodicCallback(self._sample, INTERVAL_S * 1000)
             self._callback.start()
 
@@ -158,16 +163,17 @@ class Sampler:
         for process in [process for process in self._flows if process not in known]:
             del self._flows[process]
         self.state = await self._look()
-        if self.times and now - self.times[-1] > 4 * INTERVAL_S:
-            self._append(self.times[-1] + INTERVAL_S, None)  # nobody looked: a gap, no line
+        if self._gap and self.times:
+            self._append(self.times[-1] + INTERVAL_S, None)  # nobody looked: no line across
+        self._gap = False
         self._append(now, sums)
 
     def _append(self, now: float, sums: dict[Any, float] | None) -> None:
         none = float("nan")
         state = self.state if sums is not None else None
         self.times.append(now)
-        used = dict.fromkeys(REGION_NAMES, 0) if state is None else state.used
-        self.used.append(used)
+        none_used = dict.fromkeys(REGION_NAMES, 0.0 if sums is not None else none)
+        self.used.append(none_used if state is None else dict(state.used))
         self.rates.append({way: none if sums is None else sums[way] for way in counters.SENT})
         self.device_rates.append(
             {f"{to} {way}": none if sums is None else sums[to, way] for to, way in DEVICE_WAYS}
@@ -186,7 +192,7 @@ class Sampler:
         members = []
         for member, (pid, role, held) in sorted(tables["member"].items()):
             known = names.get(member, (role, ""))
-            members.append(Person(member, pid, *known, held))
+            members.append(Person(member, pid, known[0], known[1], held))
         segments = cut(tables, joined.layout)
         used = dict.fromkeys(REGION_NAMES, 0)
         for segment in segments:
@@ -197,16 +203,16 @@ class Sampler:
 
 def cut(tables: dict[str, dict[Any, Any]], layout: Layout) -> list[Segment]:
     """Cut a ledger's extents at the borders of slots, and join neighbours that are alike."""
-    owners: dict[int, set[int]] = {}
-    for (extent, _), member in tables["lease"].items():
-        owners.setdefault(extent, set()).add(member)
+    owners: dict[int, dict[int, None]] = {}  # a set in the order of the leases
+    for (extent, _), member in sorted(tables["lease"].items()):
+        owners.setdefault(extent, {})[member] = None
     tickets: dict[int, int] = {}
     for extent, _, _ in tables["ticket"].values():
         tickets[extent] = tickets.get(extent, 0) + 1
     found: list[Segment] = []
     rows = sorted((row[0], row[1], extent) for extent, row in tables["extent"].items())
     for offset, length, extent in rows:
-        whose = tuple(sorted(owners.get(extent, ())))
+        whose = tuple(owners.get(extent, ()))
         waiting = tickets.get(extent, 0)
         end = offset + length
         while offset < end:
