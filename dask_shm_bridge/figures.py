@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -31,6 +32,7 @@ _LITTLE_BYTES = 64 * 1024  # what Dask's own messages come to must not be told: 
 _LOOK_S = (0.2, 1.0, 5.0)
 _TOKEN = os.urandom(8).hex()
 
+_numbers = itertools.count(1)  # two that are under way at once may overtake one another
 _looking: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
@@ -149,13 +151,15 @@ async def tell(client: Any, found: dict[str, Any], seconds: float = 0.0) -> bool
     client : distributed.Client
         Whose they are.
     found : dict
-        What `figures` returned.
+        What `figures` returned just now.
     seconds : float
         The time in which what is new in them came about; 0 where it is not known.
     """
     try:
         ask = getattr(client.scheduler, OPERATION)
-        answer = await ask(client=client.id, figures=found, seconds=seconds)
+        answer = await ask(
+            client=client.id, figures=found, seconds=seconds, number=next(_numbers)
+        )
     except Exception as error:
         logger.debug("the scheduler was not told this client's figures: %r", error)
         return False

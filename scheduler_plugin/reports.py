@@ -25,6 +25,8 @@ class Report(NamedTuple):
         When they came.
     seconds : float
         In which time what is new in them came about; 0 where that is since they came last.
+    number : int
+        Grows with each that a client's process sends.
     """
 
     role: str
@@ -32,6 +34,7 @@ class Report(NamedTuple):
     figures: dict[str, Any]
     stamp: float
     seconds: float
+    number: int = 0
 
 
 class Reports:
@@ -47,13 +50,17 @@ class Reports:
         self._scheduler = scheduler
         self.clients: dict[str, Report] = {}
 
-    def client_told(self, client: str, figures: dict[str, Any], seconds: float = 0.0) -> str:
+    def client_told(
+        self, client: str, figures: dict[str, Any], seconds: float = 0.0, number: int = 0
+    ) -> str:
         """Take a client's figures; the answer is ``"OK"``, or why not."""
         if client not in self._scheduler.clients:
             return "unknown client"
-        if type(figures) is not dict or type(seconds) not in (int, float):
+        if type(figures) is not dict or type(seconds) not in (int, float) or type(number) is not int:
             return "no figures"
-        self.clients[client] = Report("client", client, figures, time(), float(seconds))
+        known = self.clients.get(client)
+        if known is None or number >= known.number:
+            self.clients[client] = Report("client", client, figures, time(), float(seconds), number)
         return "OK"
 
     def of_clients(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
