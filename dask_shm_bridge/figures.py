@@ -131,7 +131,9 @@ class Teller:
         if client is None or client.status != "running":
             return
         callbacks = client._periodic_callbacks
-        callbacks[KEY].callback_time = callbacks["heartbeat"].callback_time / _TELLS_PER_HEARTBEAT
+        if KEY in callbacks:  # as often as the scheduler wants heartbeats now
+            every_ms = callbacks["heartbeat"].callback_time / _TELLS_PER_HEARTBEAT
+            callbacks[KEY].callback_time = every_ms
         now = time.monotonic()
         seconds, self._looked = now - self._looked, now
         if _has_scheduler() or not understands(client):
@@ -157,9 +159,7 @@ async def tell(client: Any, found: dict[str, Any], seconds: float = 0.0) -> bool
     """
     try:
         ask = getattr(client.scheduler, OPERATION)
-        answer = await ask(
-            client=client.id, figures=found, seconds=seconds, number=next(_numbers)
-        )
+        answer = await ask(client=client.id, figures=found, seconds=seconds, number=next(_numbers))
     except Exception as error:
         logger.debug("the scheduler was not told this client's figures: %r", error)
         return False

@@ -18,8 +18,10 @@ from dask_shm_bridge import upgrade
 from scheduler_plugin import ShmSchedulerPlugin, dashboard, devices
 
 upgrade.install()
-if devices.started_as_scheduler(sys.argv) and "--no-dashboard" not in sys.argv:
-    dashboard.offer()  # the scheduler makes its dashboard right after this
+if devices.started_as_scheduler(sys.argv):  # it makes its dashboard right after this
+    _flags = [word for word in sys.argv if word in ("--dashboard", "--no-dashboard")]
+    if _flags[-1:] != ["--no-dashboard"]:
+        dashboard.offer()
 
 
 async def dask_setup(server: Any) -> None:

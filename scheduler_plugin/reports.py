@@ -56,7 +56,11 @@ class Reports:
         """Take a client's figures; the answer is ``"OK"``, or why not."""
         if client not in self._scheduler.clients:
             return "unknown client"
-        if type(figures) is not dict or type(seconds) not in (int, float) or type(number) is not int:
+        if (
+            type(figures) is not dict
+            or type(seconds) not in (int, float)
+            or type(number) is not int
+        ):
             return "no figures"
         known = self.clients.get(client)
         if known is None or number >= known.number:

@@ -82,6 +82,19 @@ class Summary(Plot):
             self.root.text = text
 
 
+class Parts(Plot):
+    """All of the page, shown anew at once: its parts tell of one moment."""
+
+    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
+        super().__init__(scheduler)
+        self._parts = [part(scheduler, **kwargs) for part in (Summary, *_PARTS)]
+        self.root = [part.root for part in self._parts]
+
+    def _show(self) -> None:
+        for part in self._parts:
+            part.update()
+
+
 @log_errors
 def document(name: str, scheduler: Any, extra: dict[str, Any], doc: Any) -> None:
     """Fill a session's document.
@@ -99,11 +112,11 @@ def document(name: str, scheduler: Any, extra: dict[str, Any], doc: Any) -> None
     """
     doc.theme = BOKEH_THEME
     if name in _ALONE:
-        _place(doc, _ALONE[name](scheduler, sizing_mode="stretch_both"))
-        doc.title = f"Dask: {_ALONE[name].__name__}"
+        plot = _ALONE[name](scheduler, sizing_mode="stretch_both")
+        _place(doc, plot)
+        doc.title = f"Dask: {type(plot).__name__}"
         return
-    for part in (Summary, *_PARTS):
-        _place(doc, part(scheduler, sizing_mode="stretch_both"))
+    _place(doc, Parts(scheduler, sizing_mode="stretch_both"))
     doc.title = "Dask: Shared memory pool"
     doc.template = env.from_string(_TEMPLATE)
     doc.template_variables.update(extra)
@@ -112,4 +125,5 @@ def document(name: str, scheduler: Any, extra: dict[str, Any], doc: Any) -> None
 def _place(doc: Any, part: Plot) -> None:
     part.update()
     add_periodic_callback(doc, part, _INTERVAL_MS)
-    doc.add_root(part.root)
+    for root in part.root if isinstance(part, Parts) else [part.root]:
+        doc.add_root(root)

@@ -20,6 +20,7 @@ from bokeh.plotting import figure
 from dask.utils import format_bytes
 from distributed.dashboard.components.scheduler import TICKS_1024
 from distributed.dashboard.utils import update
+from distributed.metrics import time
 
 from dask_shm_bridge import counters
 from dask_shm_bridge.layout import REGION_NAMES
@@ -34,6 +35,7 @@ WAY_COLORS = {
     "inline": "#e15759",
 }
 _FEWEST_CAUSES = 5
+_SHORTEST_MS = 10_000
 _SIZES = [1 << bits for bits in (10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34)]
 
 
@@ -65,6 +67,7 @@ class _History(Plot):
             name=name,
             tools="",
             x_axis_type="datetime",
+            x_range=Range1d(0, 1),
             y_range=Range1d(0, 1),
             **kwargs,
         )
@@ -78,7 +81,10 @@ class _History(Plot):
         self.root.add_layout(_legend(items), "above")
 
     def _fill(self, columns: dict[str, list[float]], top: float) -> None:
-        update(self.source, {"time": [t * 1000 for t in self.sampler.times], **columns})
+        times = [stamp * 1000 for stamp in self.sampler.times] or [time() * 1000]
+        self.root.x_range.start = min(times[0], times[-1] - _SHORTEST_MS)
+        self.root.x_range.end = times[-1]
+        update(self.source, {"time": times if self.sampler.times else [], **columns})
         end = _round_up(top)
         if self.root.y_range.end != end:
             self.root.y_range.end = end
@@ -184,6 +190,8 @@ class Times(Plot):
             tools="",
             x_axis_type="log",
             y_axis_type="log",
+            x_range=Range1d(1 << 16, 1 << 28),
+            y_range=Range1d(0.1, 100),
             x_axis_label="size of the message's frames",
             y_axis_label="ms",
             **kwargs,
@@ -212,20 +220,28 @@ class Times(Plot):
 
     def _show(self) -> None:
         many = 0
+        corners: list[tuple[float, float]] = []
         for direction, source in self.sources.items():
             rows = [row for _, row in sorted(self.sampler.totals["times"][direction].items())]
             rows = [row for row in rows if row[0] and row[1] and row[2]]
             sizes = [nbytes / count for count, nbytes, _ in rows]
             many += sum(count for count, _, _ in rows)
+            means = [nanoseconds / count / 1e6 for count, _, nanoseconds in rows]
+            corners += zip(sizes, means, strict=True)
             update(
                 source,
                 {
                     "size": sizes,
-                    "ms": [nanoseconds / count / 1e6 for count, _, nanoseconds in rows],
+                    "ms": means,
                     "count": [count for count, _, _ in rows],
                     "text": [format_bytes(int(size)) for size in sizes],
                 },
             )
+        if corners:
+            for axis, values in zip(
+                (self.root.x_range, self.root.y_range), zip(*corners, strict=True), strict=True
+            ):
+                axis.start, axis.end = min(values) / 2, max(values) * 2
         self.root.title.text = (
             "Time per transfer, mean by size" if many else "Time per transfer: none so far"
         )

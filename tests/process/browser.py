@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 SIZES = ((1280, 800), (1920, 1080))
-MISSING = "needs Chromium and its driver (Debian: apt install chromium chromium-driver) and selenium"
+MISSING = "needs selenium, Chromium and its driver (Debian: apt install chromium chromium-driver)"
 
 
 def programs() -> tuple[str, str]:
@@ -121,7 +121,9 @@ def proxy(port: int, path: str) -> Iterator[int]:
         first, _, rest = head.decode().partition("\r\n")
         method, target, version = first.split(" ")
         if not urlsplit(target).path.startswith(path):
-            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            writer.write(
+                b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
             writer.close()
             return
         lines = [f"{method} {target.removeprefix(path) or '/'} {version}"]

@@ -51,7 +51,9 @@ def scraped(port: int) -> Samples:
 
 def value(found: Samples, name: str, **labels: str) -> float:
     """Return the sum of the samples that have these labels."""
-    return sum(v for (n, l), v in found.items() if n == name and set(labels.items()) <= l)
+    return sum(
+        number for (one, its), number in found.items() if one == name and set(labels.items()) <= its
+    )
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +219,12 @@ def test_a_client_tells_what_it_moved_without_being_asked(
         want = counters.snapshot()["bytes"]["sent"]["copied"]
         assert want
         assert eventually(
-            lambda: told(other).get(other.id, (0, {"bytes": {"sent": {"copied": -1}}}))[1]["bytes"][
-                "sent"
-            ]["copied"]
-            == want
+            lambda: (
+                told(other).get(other.id, (0, {"bytes": {"sent": {"copied": -1}}}))[1]["bytes"][
+                    "sent"
+                ]["copied"]
+                == want
+            )
         )
         del future
         name = other.id
@@ -377,8 +381,7 @@ def test_what_is_documented_is_what_is_there() -> None:
         for name, kind, labels, text in rows
     }
     assert documented == {
-        name: (family.kind, family.labels, family.text)
-        for name, family in metrics.FAMILIES.items()
+        name: (family.kind, family.labels, family.text) for name, family in metrics.FAMILIES.items()
     }
     assert all(name.endswith("_total") == (kind == "counter") for name, kind, *_ in rows)
 
@@ -406,9 +409,10 @@ def test_reports_have_one_for_each_process() -> None:
             self.address, self.metrics, self.last_seen = address, found, 1.0
 
     class Scheduler:
-        address = "shm://s"
-        clients: dict[str, Any] = {"a": 1, "b": 2, "c": 3}
-        workers: dict[str, Any] = {}
+        def __init__(self) -> None:
+            self.address = "shm://s"
+            self.clients = {"a": 1, "b": 2, "c": 3}
+            self.workers: dict[str, Any] = {}
 
     own = figures.figures()
     there = {**own, "process": "there"}
