@@ -55,6 +55,12 @@ test-threshold: .venv-test/stamp ## tests with real processes, every frame going
 	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
 	  -m 'not threshold and not slow' $(PYTEST_ARGS)
 
+.PHONY: test-browser
+test-browser: .venv-test/stamp ## the dashboard page in a real browser (Debian: chromium, chromium-driver)
+	@for program in chromium chromedriver; do command -v $$program >/dev/null || { \
+	  echo "$$program is missing. On Debian: apt install chromium chromium-driver" >&2; exit 1; }; done
+	@.venv-test/bin/python -m pytest -m browser $(PYTEST_ARGS)
+
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
 	@mkdir -p $(CHAOS_FOLDER)

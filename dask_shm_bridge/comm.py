@@ -316,6 +316,7 @@ class ShmTCP(TCP):
     async def _write_large(
         self, link: _Link, frames: list[Any], sizes: list[int], large: list[int]
     ) -> int:
+        start = time.perf_counter()
         wanted = []
         for index in large:
             link.numbers += 1
@@ -351,6 +352,9 @@ class ShmTCP(TCP):
             counters.count("sent", "copied", nbytes)
         for nbytes in shipment.referenced:
             counters.count("sent", "referenced", nbytes)
+        if shipment.tickets:
+            nbytes = sum(shipment.copied) + sum(shipment.referenced)
+            counters.timed("sent", nbytes, time.perf_counter() - start)
         if pieces:
             await self._write_pieces(link, [frames[i] for i in sorted(pieces)])
         return self._claimed(sum(sizes), True)
@@ -531,6 +535,7 @@ class ShmTCP(TCP):
                 raise ValueError(f"the message's frame {place!r:.100} can't be replaced")
             (tickets if way == _TICKET else pieces)[place] = value
         if tickets:
+            start = time.perf_counter()
             numbers = list(tickets.values())
             try:
                 received = shared.receive(connection, numbers, _DIRECT_TIMEOUT_S)
@@ -544,6 +549,8 @@ class ShmTCP(TCP):
                 counters.count("received", "viewed", nbytes)
             for nbytes in received.copied:
                 counters.count("received", "copied", nbytes)
+            nbytes = sum(received.viewed) + sum(received.copied)
+            counters.timed("received", nbytes, time.perf_counter() - start)
         for place in sorted(pieces):
             frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 

@@ -21,6 +21,8 @@ _bytes: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
 _frames: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
 _device: dict[str, Counter[str]] = {"to_device": Counter(), "from_device": Counter()}
 _fallbacks: Counter[str] = Counter()
+# By the bit length of the size: how many, their bytes, and nanoseconds.
+_times: dict[str, dict[int, list[int]]] = {"sent": {}, "received": {}}
 _said: set[str] = set()
 
 
@@ -35,6 +37,15 @@ def count_device(direction: str, way: str, nbytes: int) -> None:
     """Add bytes to a way between host and device (``to_device``, ``from_device``; `DEVICE`)."""
     with _lock:
         _device[direction][way] += nbytes
+
+
+def timed(direction: str, nbytes: int, seconds: float) -> None:
+    """Add how long this process was busy with what went through the pool in one message."""
+    with _lock:
+        row = _times[direction].setdefault(nbytes.bit_length(), [0, 0, 0])
+        row[0] += 1
+        row[1] += nbytes
+        row[2] += int(seconds * 1e9)
 
 
 def fallback(cause: str, frames: int = 1) -> None:
@@ -73,6 +84,23 @@ def device_snapshot() -> dict[str, dict[str, int]]:
     """Return what was copied between host and device, in bytes."""
     with _lock:
         return {to: {way: ways[way] for way in DEVICE} for to, ways in _device.items()}
+
+
+def times() -> dict[str, list[list[int]]]:
+    """Return how long messages took this process, by size.
+
+    Returns
+    -------
+    dict
+        ``sent``: to copy their frames into the pool, or to find them there, and to name them on the
+        socket; ``received``: to have them at hand as views or copies. Each a list of ``[bits,
+        messages, bytes, nanoseconds]``: of those whose size in bytes has so many bits.
+    """
+    with _lock:
+        return {
+            direction: [[bits, *row] for bits, row in sorted(rows.items())]
+            for direction, rows in _times.items()
+        }
 
 
 def _new_lock() -> None:
