@@ -61,6 +61,10 @@ test-browser: .venv-test/stamp ## the dashboard page in a real browser (Debian: 
 	  echo "$$program is missing. On Debian: apt install chromium chromium-driver" >&2; exit 1; }; done
 	@.venv-test/bin/python -m pytest -m browser $(PYTEST_ARGS)
 
+.PHONY: test-windows
+test-windows: .venv-test/stamp ## tests on a Windows Python under Wine, which root has installed
+	@.venv-test/bin/python -m tests.windows test $(PYTEST_ARGS)
+
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
 	@mkdir -p $(CHAOS_FOLDER)
