@@ -35,7 +35,7 @@ CALL_TIMEOUT_S = 300.0
 HOST = "10.0.2.2"
 PORTS = 24
 MEMORY = "2G"
-SHARE = "trans=virtio,version=9p2000.L,access=client,msize=262144"
+SHARE = "trans=virtio,version=9p2000.L,access=client,msize=512000"
 # How the exchange folder is mounted, by name: the type, and the options.
 MOUNTS = {
     "mmap": ("9p", f"{SHARE},cache=mmap"),
@@ -54,7 +54,7 @@ ip link set lo up
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
 ip route add default via 10.0.2.2
-mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=262144 root /host
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=512000 root /host
 mount -t tmpfs -o mode=1777 tmpfs /host/mnt
 mount -t proc proc /host/proc
 mount -t sysfs sysfs /host/sys
