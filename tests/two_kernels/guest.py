@@ -294,7 +294,8 @@ class Guest:
         return path
 
     def unmount(self, name: str) -> None:
-        """Take the exchange folder away, whoever uses it."""
+        """Take the exchange folder away; who uses it gets errors from now on."""
+        self.shell(f"umount -f /host/mnt/{name}")  # busy, and yet no request gets through any more
         self.do(f"umount -l /host/mnt/{name}")
 
     def port(self) -> int:
