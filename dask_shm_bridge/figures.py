@@ -19,7 +19,7 @@ from typing import Any
 
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 
 logger = logging.getLogger("dask_shm_bridge")
 
@@ -54,7 +54,7 @@ def figures() -> dict[str, Any]:
     """
     found = counters.snapshot()
     found["times"] = counters.times()
-    joined = pool.joined()
+    joined = store.joined()
     device = counters.device_snapshot()
     pinned = sum(one.pins.pinned_bytes for one in joined if one.pins is not None)
     if pinned or any(any(ways.values()) for ways in device.values()):

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from dask_shm_bridge import figures, pool
+from dask_shm_bridge import figures, store
 from dask_shm_bridge.errors import BridgeError
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -185,7 +185,7 @@ def _of_probe() -> Iterator[Sample]:
 
 
 def _of_pool() -> Iterator[Sample]:
-    joined = pool.attached()
+    joined = store.attached()
     if joined is None:
         return
     try:

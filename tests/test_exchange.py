@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from process import values
 
 from dask_shm_bridge import comm as shm
-from dask_shm_bridge import config, counters, mapping, pool
+from dask_shm_bridge import config, counters, mapping, store
 from dask_shm_bridge.errors import PoolError, PoolUnsafeError
 from dask_shm_bridge.exchange import lane, probe, stream
 from dask_shm_bridge.layout import GRAIN_BYTES, grains
@@ -1103,10 +1103,10 @@ def pools(exchange: Path, pool_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     with dask.config.set(
         {"shm-bridge.pool.path": str(pool_folder), "shm-bridge.threshold": "64 KiB"}
     ):
-        yield pool.attach
+        yield store.attach
 
 
-def counts(joined: pool.Pool) -> tuple[int, int, int]:
+def counts(joined: store.Pool) -> tuple[int, int, int]:
     gc.collect()
     joined.settle()
     found = joined.ledger.usage()["counts"]
@@ -1161,10 +1161,10 @@ def test_the_pool_is_not_left_while_something_may_arrive(exchange: Path, pools: 
 
     with dask.config.set({"shm-bridge.pool.linger": "50ms"}):
         run(talk())
-        assert eventually(lambda: not pool.joined())
+        assert eventually(lambda: not store.joined())
 
 
-def reserve(joined: pool.Pool, nbytes: int) -> Any:
+def reserve(joined: store.Pool, nbytes: int) -> Any:
     found = joined.reserve(nbytes)
     assert found is not None
     return found
@@ -1189,10 +1189,10 @@ def test_a_pool_that_is_left_lends_nobody_what_a_thread_may_still_write(
 ) -> None:
     other = child(
         """
-        from dask_shm_bridge import pool
-        joined = pool.attach()
+        from dask_shm_bridge import store
+        joined = store.attach()
         grant, memory = joined.reserve(4 << 20)
-        pool.detach_all()
+        store.detach_all()
         say()
         hear()
         memory[:] = 1  # a read that takes its time

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distributed.metrics import time
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_bridge import counters, pool
+from dask_shm_bridge import counters, store
 from dask_shm_bridge.errors import BridgeError
 from dask_shm_bridge.layout import REGION_NAMES, Layout
 from scheduler_plugin.reports import Report
@@ -180,7 +180,7 @@ class Sampler:
         )
 
     async def _look(self) -> State | None:
-        joined = pool.attached()
+        joined = store.attached()
         if joined is None:
             return None
         try:

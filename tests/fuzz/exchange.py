@@ -19,7 +19,7 @@ from distributed.comm.core import CommClosedError
 from tornado.iostream import StreamClosedError
 
 from dask_shm_bridge import comm as shm
-from dask_shm_bridge import config, pool, wire
+from dask_shm_bridge import config, store, wire
 from dask_shm_bridge.errors import PoolError
 from dask_shm_bridge.exchange import lane, probe
 from dask_shm_bridge.exchange.stream import CONTROL, FAR, FarStream, Part, Peer
@@ -49,7 +49,7 @@ class _Stream(messages._Stream):
 class _Comm(shm.ShmTCP):
     """A comm in file mode over such a stream; the peer's lane is this process's own."""
 
-    def __init__(self, data: bytes, ours: lane.Lane, shared: pool.Pool | None) -> None:
+    def __init__(self, data: bytes, ours: lane.Lane, shared: store.Pool | None) -> None:
         super().__init__(_Stream(data), "shm://here:1", "shm://there:2")
         self._shared = shared
         ours.use()
@@ -72,7 +72,7 @@ class _Inline:
 
 
 @contextlib.contextmanager
-def _joined() -> Iterator[tuple[pool.Pool, lane.Lane]]:
+def _joined() -> Iterator[tuple[store.Pool, lane.Lane]]:
     folder = tempfile.mkdtemp(prefix="shm-bridge-fuzz-", dir="/dev/shm")
     os.chmod(folder, 0o700)
     grace, lane.GRACE_S = lane.GRACE_S, 0.0

@@ -20,7 +20,7 @@ import pytest
 from distributed import Client
 
 import dask_shm_bridge
-from dask_shm_bridge import figures, pool
+from dask_shm_bridge import figures, store
 from dask_shm_bridge.errors import LedgerBusyError
 from dask_shm_bridge.layout import GRAIN_BYTES, Layout
 from scheduler_plugin import dashboard
@@ -291,7 +291,7 @@ class Scheduler:
 
 
 def test_a_sample_has_the_pool_and_who_is_in_it() -> None:
-    shared = pool.attach()
+    shared = store.attach()
     one = report("a", 1.0)
     one.figures["member"] = shared.member
     bad = Report("client", "c", {"process": "x", "bytes": 5}, 1.0, 0.0)
@@ -317,7 +317,7 @@ def test_a_sample_has_the_pool_and_who_is_in_it() -> None:
 
 
 def test_a_ledger_that_is_not_had_leaves_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = pool.attach()
+    shared = store.attach()
     look = sampler.Sampler(scheduler := Scheduler())
     asyncio.run(look.sample())
     seen = look.state

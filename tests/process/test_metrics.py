@@ -18,7 +18,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_shm_bridge
-from dask_shm_bridge import counters, figures, metrics, pool
+from dask_shm_bridge import counters, figures, metrics, store
 from scheduler_plugin.reports import Reports
 
 from . import tasks
@@ -126,7 +126,7 @@ def test_metrics_equal_stats_after_traffic(
         else:
             assert found[name, labels] >= number, (who, name, labels)
     assert compared >= 8
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     for (role, _), found in shown.items():
         regions = {
@@ -255,7 +255,7 @@ def test_an_idle_client_tells_nothing(deployment: Any) -> None:
 def test_figures_are_plain_small_and_without_the_ledger(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
 
     def forbidden(*args: Any) -> None:
@@ -274,7 +274,7 @@ def test_the_heartbeat_carries_them(client: Client, workers: list[str]) -> None:
     assert eventually(lambda: all(client.run_on_scheduler(look)))
     found = client.run_on_scheduler(look)
     assert len({one["process"] for one in found}) == len(workers) == 2
-    joined = pool.attached()
+    joined = store.attached()
     assert joined is not None
     assert {one["member"] for one in found} < {one.id for one in joined.ledger.members()}
 
