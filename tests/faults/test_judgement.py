@@ -20,7 +20,7 @@ def test_a_task_that_dask_never_runs() -> None:
 
     async def forgotten() -> tuple[str, list[str], list[str], list[str]]:
         async with (
-            Scheduler(port=0, dashboard=False, protocol="tcp") as scheduler,
+            Scheduler(port=0, dashboard=False, dashboard_address=":0", protocol="tcp") as scheduler,
             Client(scheduler.address, asynchronous=True, set_as_default=False) as client,
         ):
             async with Worker(scheduler.address) as worker:
