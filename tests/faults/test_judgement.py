@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from distributed import Client, Scheduler, Worker
 
-from faults import chaos, traffic
+from faults import chaos, points, traffic
 from faults.chaos import Chaos, Round
+from faults.points import OVER, Fault
 
 
 def test_a_task_that_dask_never_runs() -> None:
@@ -18,7 +20,7 @@ def test_a_task_that_dask_never_runs() -> None:
 
     async def forgotten() -> tuple[str, list[str], list[str], list[str]]:
         async with (
-            Scheduler(port=0, dashboard=False, protocol="tcp") as scheduler,
+            Scheduler(port=0, dashboard=False, dashboard_address=":0", protocol="tcp") as scheduler,
             Client(scheduler.address, asynchronous=True, set_as_default=False) as client,
         ):
             async with Worker(scheduler.address) as worker:
@@ -73,3 +75,17 @@ def test_the_accounts_ask_workers_and_nannies(
     one.round = Round(1, "shm")
     rows = {"connection": {}, "member": {7: ()}, "extent": {1: ()}, "lease": {(1, 5): 7}}
     assert one._explained(rows) is explained
+
+
+def test_no_fault_is_met_during_the_accounts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[dict[str, Any]] = []
+    monkeypatch.setattr(points, "_folder", str(tmp_path))
+    monkeypatch.setattr(points, "_report", met.append)
+    fault = Fault("copy", "before", "cut")
+    points._act(fault)
+    assert len(met) == 1
+    (tmp_path / OVER).touch()
+    points._act(fault)
+    assert len(met) == 1
