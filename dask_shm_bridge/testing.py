@@ -239,7 +239,8 @@ def cluster(
             LocalCluster(n_workers=n_workers, protocol=protocol, **options) as started,
             Client(started, set_as_default=False) as client,
         ):
-            client.wait_for_workers(n_workers, timeout=60)
+            if n_workers:
+                client.wait_for_workers(n_workers, timeout=60)
             yield client
             client.cancel(list(client.futures), force=True)
 

@@ -183,7 +183,9 @@ def main(blocks):
         elif kind == "command":
             line = ["bash", "-euo", "pipefail", "-c", code]
             done = subprocess.run(line, stdin=subprocess.DEVNULL)
-            assert done.returncode == 0, f"{where}: {code}: {done.returncode}"
+            # a doctor may find something wrong with the machine that tests run on
+            right = (0, 1) if "shm doctor" in code else (0,)
+            assert done.returncode in right, f"{where}: {code}: {done.returncode}"
         else:
             linecache.cache[where] = (len(code), None, code.splitlines(True), where)
             exec(compile(code, where, "exec"), names)
