@@ -348,13 +348,9 @@ class ShmTCP(TCP):
         except BaseException:
             shipment.undo()
             raise
-        for nbytes in shipment.copied:
-            counters.count("sent", "copied", nbytes)
-        for nbytes in shipment.referenced:
-            counters.count("sent", "referenced", nbytes)
         if shipment.tickets:
-            nbytes = sum(shipment.copied) + sum(shipment.referenced)
-            counters.timed("sent", nbytes, time.perf_counter() - start)
+            sizes_by_way = {"copied": shipment.copied, "referenced": shipment.referenced}
+            counters.moved("sent", sizes_by_way, time.perf_counter() - start)
         if pieces:
             await self._write_pieces(link, [frames[i] for i in sorted(pieces)])
         return self._claimed(sum(sizes), True)
@@ -545,12 +541,8 @@ class ShmTCP(TCP):
                 await _run(shared, shared.copy_out, received)
             for place, buffer in zip(tickets, received.buffers, strict=True):
                 frames[place] = buffer
-            for nbytes in received.viewed:
-                counters.count("received", "viewed", nbytes)
-            for nbytes in received.copied:
-                counters.count("received", "copied", nbytes)
-            nbytes = sum(received.viewed) + sum(received.copied)
-            counters.timed("received", nbytes, time.perf_counter() - start)
+            sizes = {"viewed": received.viewed, "copied": received.copied}
+            counters.moved("received", sizes, time.perf_counter() - start)
         for place in sorted(pieces):
             frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 
