@@ -106,7 +106,7 @@ def main(size: str, pairs: int, pool: str | None) -> None:
     from dask.utils import parse_bytes
 
     from dask_shm_bridge import counters, figures, metrics
-    from dask_shm_bridge.pool import attached, detach_all
+    from dask_shm_bridge.store import attached, detach_all
 
     settings = {"shm-bridge.threshold": "64 KiB"}
     if pool is not None:
