@@ -13,6 +13,8 @@ CHAOS_OTHERS ?= 1
 CHAOS_ROUNDS ?= 5
 CHAOS_SECONDS ?= 40
 CHAOS_FOLDER ?= chaos
+# Debian's kernels for the tests between two kernels: that of the release, and that of its backports.
+KERNELS ?= older,newer
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
@@ -36,7 +38,7 @@ $(foreach env,$(ENVS),$(if $(wildcard .venv-$(env)/stamp),\
 .PHONY: help
 help: ## list the targets (the default)
 	@echo 'make TARGET [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: .venv-demo/stamp ## a cluster, arrays that go through the pool, and what it saved
@@ -54,6 +56,20 @@ test-oldest: .venv-test-oldest/stamp ## the same with the oldest Dask that is su
 test-threshold: .venv-test/stamp ## tests with real processes, every frame going through the pool
 	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
 	  -m 'not threshold and not slow' $(PYTEST_ARGS)
+
+.PHONY: test-browser
+test-browser: .venv-test/stamp ## the dashboard page in a real browser (Debian: chromium, chromium-driver)
+	@for program in chromium chromedriver; do command -v $$program >/dev/null || { \
+	  echo "$$program is missing. On Debian: apt install chromium chromium-driver" >&2; exit 1; }; done
+	@.venv-test/bin/python -m pytest -m browser $(PYTEST_ARGS)
+
+.PHONY: test-windows
+test-windows: .venv-test/stamp ## tests on a Windows Python under Wine, which root has installed
+	@.venv-test/bin/python -m tests.windows test $(PYTEST_ARGS)
+
+.PHONY: test-two-kernels
+test-two-kernels: .venv-test/stamp ## tests between two kernels; installs QEMU (KERNELS=newer for one)
+	@TWO_KERNELS=$(KERNELS) .venv-test/bin/python -m pytest tests/two_kernels $(PYTEST_ARGS)
 
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)

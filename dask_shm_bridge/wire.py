@@ -83,8 +83,11 @@ def pack(frames: list[Any]) -> tuple[list[Any], list[Any]]:
 
 @cache
 def _most_bytes() -> int:
-    memory: int = psutil.virtual_memory().total + psutil.swap_memory().total
-    return memory
+    memory: int = psutil.virtual_memory().total
+    try:
+        return memory + int(psutil.swap_memory().total)
+    except RuntimeError:  # Windows, where its performance counters are turned off
+        return 2 * memory
 
 
 def check_size(nbytes: int) -> int:

@@ -26,7 +26,11 @@ import pytest
 import dask_shm_bridge  # noqa: F401  (its defaults must not be registered within a test)
 
 MiB = 1024 * 1024
-MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+WINDOWS = os.name == "nt"
+# Tests that fork, stop processes, make links and pipes, or look at /proc.
+posix = pytest.mark.skipif(WINDOWS, reason="no such thing on Windows (a fork, a signal, /proc ...)")
+CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+MEMORY = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()).absolute()
 POOL = {
     "shm-bridge.pool.size": "64 MiB",
     "shm-bridge.pool.slot-size": "4 MiB",

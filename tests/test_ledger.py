@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from conftest import MEMORY, descriptors
+from conftest import CLOEXEC, MEMORY, descriptors
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     Bundle,
@@ -71,7 +71,7 @@ def new_ledger(folder, layout=LAYOUT, timeout_s=2.0):
     """Make a ledger in a folder; what is in it is gone afterwards."""
     path = Path(folder)
     path.mkdir(mode=0o700, parents=True)
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | CLOEXEC, 0o600)
     Ledger.create(str(path), layout)
     ledger = Ledger(str(path), lock, layout, timeout_s)
     try:

@@ -145,6 +145,8 @@ class Mapping:
     """
 
     def __init__(self, fd: int, nbytes: int, *, private: bool, offset: int = 0) -> None:
+        if private:
+            _try(fd)
         access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
         self.buffer = mmap.mmap(fd, nbytes, access=access, offset=offset)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
@@ -207,9 +209,8 @@ _tried = False
 def _try(fd: int) -> None:
     """Choose the first way of telling what was written that proves itself on a file's start."""
     global _look, _tried
-    if _tried:
+    if _tried or os.fstat(fd).st_size < mmap.ALLOCATIONGRANULARITY:
         return
-    _look = _always
     for way in _WAYS:
         if _is_right(way, fd):
             _look = way
@@ -224,8 +225,9 @@ def _try(fd: int) -> None:
 
 def _is_right(way: Callable[[npt.NDArray[np.uint8]], bool], fd: int) -> bool:
     """See what it says of pages that were written or not, there or not."""
-    trial = Mapping(fd, mmap.ALLOCATIONGRANULARITY, private=True)
-    pages = [trial.array[n * PAGE_BYTES : (n + 1) * PAGE_BYTES] for n in range(6)]
+    buffer = mmap.mmap(fd, mmap.ALLOCATIONGRANULARITY, access=mmap.ACCESS_COPY)
+    trial = np.frombuffer(buffer, np.uint8)
+    pages = [trial[n * PAGE_BYTES : (n + 1) * PAGE_BYTES] for n in range(6)]
     untouched, read, written, written_away, read_away, same = pages
     for page in (read, read_away):
         page.any()
@@ -239,8 +241,8 @@ def _is_right(way: Callable[[npt.NDArray[np.uint8]], bool], fd: int) -> bool:
         return (
             not any(map(way, clean))
             and all(map(way, dirty))
-            and way(trial.array)
-            and not way(trial.array[6 * PAGE_BYTES :])
+            and way(trial)
+            and not way(trial[6 * PAGE_BYTES :])
         )
     except OSError:
         return False
@@ -306,7 +308,6 @@ class Ranges:
     def __init__(self, fd: int, nbytes: int) -> None:
         self._fd = fd
         self._count = 0
-        _try(fd)
 
     def take(self, first: int, last: int) -> Range | None:
         """Return the pages of the file from `first` to `last`; None where none are to be had."""

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -25,6 +26,7 @@ from pathlib import Path
 
 VERSION = "3.11"
 INTERPRETER = "panda3d==1.10.16"  # the one whose DLL is 3.11.9
+SYSTEMS, OURS = "api-ms-win-crt-math-l1-1-0.dll", "shm-bridge-crt-math-l1-1-0.dll"
 DEBIAN = ("wine64", "wine", "gcc-mingw-w64-x86-64-win32")
 GCC = "x86_64-w64-mingw32-gcc"
 WINE = "/usr/lib/wine/wine64"
@@ -35,8 +37,8 @@ ALIKE = (
     *("pandas", "platformdirs", "psutil", "pyarrow", "pytest", "pytest-timeout", "pyyaml", "rich"),
     *("scipy", "tornado"),
 )
-# NumPy 2.2 and later need a complex function that the C runtime of Wine 8 lacks. The last two are
-# needed on Windows alone: pip looks at the system that it runs on.
+# NumPy 2.2 and later do not even start under Wine 8. The last two are needed on Windows alone: pip
+# looks at the system that it runs on.
 OTHERS = (*("numpy<2.2", "jsonschema", "cryptography", "colorama", "tzdata"),)
 
 # Dask waits at the start for two equal readings of the clock, which is coarse on Windows, and fine
@@ -86,7 +88,8 @@ def root() -> Path:
 
 def stamp() -> str:
     """Return what tells one Windows Python from the next."""
-    recipe = Path(__file__).read_bytes()
+    here = Path(__file__)
+    recipe = here.read_bytes() + here.with_name("complex.c").read_bytes()
     return hashlib.sha256(recipe + json.dumps(packages()).encode()).hexdigest()
 
 
@@ -121,7 +124,10 @@ def make() -> None:
     (site / "sitecustomize.py").write_text(SITE)
     _interpreter(target)
     _programs(target)
-    _install(packages(), site)
+    _pip("install", "--target", site, *packages())
+    _entry_points(site)
+    _complex_numbers(target, site)
+    _prefix(target)
     (target / "stamp").write_text(stamp())
 
 
@@ -204,32 +210,99 @@ def _programs(target: Path) -> None:
     )
 
 
-def exports(library: Path) -> list[str]:
-    """Return the names that a 64-bit DLL exports (the PE format's export directory)."""
-    data = library.read_bytes()
+def _entry_points(site: Path) -> None:
+    """Have Dask find this package's protocols; its code comes by PYTHONPATH."""
+    ours = metadata.distribution("dask-shm-bridge")
+    folder = site / f"dask_shm_bridge-{ours.version}.dist-info"
+    folder.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (folder / name).write_text(ours.read_text(name) or "")
 
-    def number(place: int, form: str = "<I") -> int:
-        return int(struct.unpack_from(form, data, place)[0])
 
-    header = number(0x3C)
-    sections, optional = number(header + 6, "<H"), number(header + 20, "<H")
-    table = header + 24 + optional
-    rows = [struct.unpack_from("<8sIIII", data, table + 40 * n) for n in range(sections)]
+def _complex_numbers(target: Path, site: Path) -> None:
+    """Have libraries get the functions of complex numbers, which Wine 8 lacks, from one of ours.
 
-    def place_of(address: int) -> int:
-        for _, nbytes, start, raw, offset in rows:
+    Ours has a name as long as that of the system's, which is exchanged for it in the wheels' files;
+    what is not ours it hands on.
+    """
+    source = Path(__file__).with_name("complex.c")
+    listing = subprocess.run([GCC, "-E", source], capture_output=True, text=True, check=True)
+    ours = sorted(set(re.findall(r"bridge_(c[a-z]+)\(", listing.stdout)))
+    users = [
+        path
+        for path in sorted(site.rglob("*.pyd"))
+        if any(f"\0{name}\0".encode() in path.read_bytes() for name in ours)
+    ]
+    names = {name for path in users for name in imports(path, SYSTEMS)} - set(ours)
+    lines = [f"  {name} = bridge_{name}" for name in ours]
+    lines += [f"  {name} = ucrtbase.{name}" for name in sorted(names)]
+    (target / "complex.def").write_text("\n".join([f'LIBRARY "{OURS}"', "EXPORTS", *lines]) + "\n")
+    _run(
+        GCC, "-shared", "-static", "-O1", "-s", "-o", target / OURS, source, target / "complex.def"
+    )
+    for path in users:
+        path.write_bytes(path.read_bytes().replace(SYSTEMS.encode(), OURS.encode()))
+
+
+def _prefix(target: Path) -> None:
+    """Have Wine make its own folder, once, and say that it is Windows 10."""
+    from tests.windows import wine
+
+    with wine.popen(["-c", VERSION_OF_WINDOWS]) as process:
+        said, _ = process.communicate()
+    if process.returncode:
+        raise CannotBuild(f"Wine can't run it: {said.decode(errors='replace')[-2000:].strip()}")
+    wine.stop_server()  # it reads that at its start
+
+
+class _Image:
+    """A 64-bit DLL: what the tables of its PE header name."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = path.read_bytes()
+        self._header = self.number(0x3C)
+        count = self.number(self._header + 6, "<H")
+        table = self._header + 24 + self.number(self._header + 20, "<H")
+        self._rows = [
+            struct.unpack_from("<8sIIII", self.data, table + 40 * n) for n in range(count)
+        ]
+
+    def number(self, place: int, form: str = "<I") -> int:
+        return int(struct.unpack_from(form, self.data, place)[0])
+
+    def place(self, address: int) -> int:
+        """Return where in the file lies what is at an address, once loaded."""
+        for _, nbytes, start, raw, offset in self._rows:
             if start <= address < start + max(nbytes, raw):
                 return int(address - start + offset)
-        raise ValueError(f"{library} has nothing at {address:#x}")
+        raise ValueError(f"there is nothing at {address:#x}")
 
-    directory = place_of(number(header + 24 + 112))
-    count, names = number(directory + 24), place_of(number(directory + 32))
-    found = []
-    for index in range(count):
-        start = place_of(number(names + 4 * index))
-        found.append(data[start : data.index(b"\0", start)].decode("ascii"))
+    def directory(self, which: int) -> int:
+        """Return where one of its tables starts."""
+        return self.place(self.number(self._header + 24 + 112 + 8 * which))
+
+    def text(self, address: int) -> str:
+        start = self.place(address)
+        return self.data[start : self.data.index(b"\0", start)].decode("ascii")
+
+
+def exports(path: Path) -> list[str]:
+    """Return the names that a DLL exports."""
+    image = _Image(path)
+    table = image.directory(0)
+    names = image.place(image.number(table + 32))
+    return [image.text(image.number(names + 4 * n)) for n in range(image.number(table + 24))]
+
+
+def imports(path: Path, library: str) -> list[str]:
+    """Return the names that a DLL imports from another one."""
+    image, found = _Image(path), []
+    row = image.directory(1)
+    while image.number(row + 12):
+        if image.text(image.number(row + 12)) == library:
+            entry = image.place(image.number(row))
+            while address := image.number(entry, "<Q"):
+                found.append(image.text(address + 2))
+                entry += 8
+        row += 20
     return found
-
-
-def _install(names: list[str], site: Path) -> None:
-    _pip("install", "--target", site, *names)

@@ -1,0 +1,22 @@
+"""What tests with a Windows Python need: `make test-windows` makes one, and asks for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.windows import build, wine
+
+ASKED = "SHM_BRIDGE_TEST_WINDOWS"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def windows() -> Iterator[None]:
+    """Skip where there is no Windows Python, or nobody asked for its tests."""
+    if not os.environ.get(ASKED):
+        pytest.skip("needs a Windows Python: `make test-windows` makes one and runs this")
+    assert build.is_made(), "make test-windows makes a Windows Python first"
+    yield
+    wine.stop_server()

@@ -1,0 +1,175 @@
+"""Windows processes among themselves, and with Linux: each side is a program of `side`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.windows import build, wine
+
+MiB = 1024 * 1024
+PATIENCE_S = 240.0
+CONFIG = {"DASK_SHM_BRIDGE__THRESHOLD": "4096", "DASK_SHM_BRIDGE__POOL__SIZE": "256 MiB"}
+
+
+class Side:
+    """A process of one side; what it says is heard line by line."""
+
+    def __init__(self, platform: str, part: str, pool: Path, **options: Any) -> None:
+        line = ["-m", "tests.windows.side", part, json.dumps(options)]
+        if platform == "win32":
+            self.process = wine.popen(line, extra=CONFIG)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, *line],
+                env={
+                    **os.environ,
+                    **CONFIG,
+                    "DASK_SHM_BRIDGE__POOL__PATH": str(pool),
+                    "PYTHONPATH": str(wine.REPOSITORY),
+                },
+                cwd=wine.REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        self.lines: list[str] = []
+        self._timer = threading.Timer(PATIENCE_S, self.process.kill)
+        self._timer.start()
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for what it has to say."""
+        assert self.process.stdout is not None
+        for data in self.process.stdout:
+            line = data.decode(errors="replace").strip()
+            self.lines.append(line)
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise AssertionError("it said nothing more: " + "\n".join(self.lines[-60:]))
+
+    def end(self) -> None:
+        """Close its input, and wait for a good end."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.lines += self.process.stdout.read().decode(errors="replace").splitlines()
+        assert self.process.wait() == 0, "\n".join(self.lines[-60:])
+
+    def close(self) -> None:
+        self._timer.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+@pytest.fixture
+def linux_pool() -> Iterator[Path]:
+    """Give the Linux side a pool of its own; that of Windows is in its default place."""
+    folder = Path("/dev/shm") / f"shm-bridge-test-{os.getpid()}-{secrets.token_hex(4)}"
+    yield folder
+    left = sorted(os.listdir(folder)) if folder.exists() else []
+    shutil.rmtree(folder, ignore_errors=True)
+    assert left in ([], ["lock"]), f"the Linux side left {left}"
+
+
+@pytest.fixture(autouse=True)
+def windows_pool() -> Iterator[None]:
+    """See that nothing is left in the default place on Windows."""
+    yield
+    users = build.root() / "prefix" / "drive_c" / "users"
+    left = [
+        name
+        for folder in users.glob("*/AppData/Local/dask-shm-bridge")
+        for name in os.listdir(folder)
+        if name != "lock"
+    ]
+    assert not left, f"the Windows side left {left}"
+
+
+def talk(
+    here: str, there: str, part: str, pool: Path, cluster: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """Run a part against a cluster; return what it found."""
+    with contextlib.ExitStack() as stack:
+        far = Side(there, "cluster", pool, **cluster)
+        stack.callback(far.close)
+        addresses = dict(zip(("shm", "tcp"), far.hear()["addresses"], strict=False))
+        near = Side(here, part, pool, **addresses, **options)
+        stack.callback(near.close)
+        found = near.hear()
+        near.end()
+        far.end()
+    return found
+
+
+def test_windows_processes_share_a_pool(linux_pool: Path) -> None:
+    """One process is the client, one the scheduler, two are workers."""
+    found = talk(
+        "win32",
+        "win32",
+        "moves",
+        linux_pool,
+        {"protocols": ["shm"], "workers": 2, "processes": True},
+        nbytes=8 * MiB,
+    )
+    for name, route in found["routes"].items():
+        ways = route["ways"]
+        assert route["good"], name
+        # each route was taken twice
+        assert ways["client sent copied"] == 16 * MiB, (name, ways)
+        assert ways["client received viewed"] == 16 * MiB, (name, ways)
+        # what nobody has written into is passed on by reference, by whoever relays it
+        assert ways["scheduler sent referenced"] == ways["scheduler received viewed"], (name, ways)
+        assert ways["workers sent referenced"] == ways["workers received viewed"], (name, ways)
+        assert not any(
+            nbytes
+            for way, nbytes in ways.items()
+            if way.endswith("sent copied") and not way.startswith("client")
+        ), (name, ways)
+        assert all(n < 100_000 for way, n in ways.items() if "inline" in way), (name, ways)
+    assert found["routes"]["worker to worker"]["ways"]["workers received viewed"] == 32 * MiB
+    assert found["written"] == 42
+    assert found["left"] == {"leases": 0, "tickets": 0}
+
+
+@pytest.mark.parametrize(("here", "there"), [("win32", "linux"), ("linux", "win32")])
+def test_windows_and_linux_agree_on_tcp(linux_pool: Path, here: str, there: str) -> None:
+    found = talk(here, there, "matrix", linux_pool, {"protocols": ["shm", "tcp"]})
+    assert (found["here"], found["far"]) == (here, there)
+    assert not found["wrong"]
+    assert found["compared"] > 200
+    # Over TCP, too: a long double is not the same on both, nor is Dask's trust in other sizes.
+    assert set(found["unmade"]) <= {"memmap r", "memmap c", "memmap part"}
+    assert len(found["raised"]) < 20, found["raised"]
+    assert found["causes"] == ["no-common-pool"]
+    for ways in found["ways"]:
+        moved = {way for way, nbytes in ways.items() if nbytes and way.startswith("client")}
+        assert moved == {"client sent inline", "client received inline"}, ways
+    # the far side's own two processes' halves share a pool of theirs meanwhile
+    assert found["ways"][0]["scheduler sent copied"] > 0
+
+
+def test_estimators_from_windows(linux_pool: Path) -> None:
+    found = talk("win32", "linux", "estimators", linux_pool, {"protocols": ["shm"]})
+    assert (found["here"], found["far"]) == ("win32", "linux")
+    assert found["sklearn"] is False
+    assert found["n_clusters"] == 4
+    assert found["one_to_one"]
+    assert found["reduced"] == ["ndarray", [400, 2]]
+    assert found["error"] < 0.5
