@@ -24,7 +24,7 @@ from distributed.utils import log_errors
 
 from dask_shm_bridge.layout import REGION_NAMES
 from scheduler_plugin.dashboard import sampler
-from scheduler_plugin.dashboard.sampler import Person, State
+from scheduler_plugin.dashboard.sampler import Person
 
 REGION_COLORS = {"input": "#4c9ed9", "output": "#eaaa6d", "scratch": "#8fbf8f"}
 _OWNERS = Category10[10]
@@ -38,6 +38,8 @@ _MEMBERS = """
   table.shm td, table.shm th {{ padding: 4px 6px; }}
   table.shm tr:nth-child(even) td {{ background-color: #f0f0f0; }}
   table.shm td:nth-child(n + 4), table.shm th:nth-child(n + 4) {{ text-align: right; }}
+  table.shm td:nth-child(3) {{ width: 100%; max-width: 0; overflow: hidden;
+                               text-overflow: ellipsis; }}
 </style>
 <table class="shm">
   <thead><tr><th></th><th>Role</th><th>Address</th><th>Process</th><th>Holds</th></tr></thead>
@@ -69,9 +71,9 @@ class Plot(DashboardComponent):
         raise NotImplementedError
 
 
-def owner_color(state: State, member: int | None) -> str:
+def owner_color(people: list[Person], member: int | None) -> str:
     """Return the colour of a member: by its place, so that neighbours in the table differ."""
-    for place, person in enumerate(state.members):
+    for place, person in enumerate(people):
         if person.id == member:
             return str(_OWNERS[place % len(_OWNERS)])
     return _IN_TRANSIT
@@ -174,7 +176,8 @@ class PoolMap(Plot):
                 "left": [one.start for one in segments],
                 "right": [one.end for one in segments],
                 "color": [
-                    owner_color(state, one.owners[0] if one.owners else None) for one in segments
+                    owner_color(state.members, one.owners[0] if one.owners else None)
+                    for one in segments
                 ],
                 "edge": [REGION_COLORS[names[one.slot].rpartition(" ")[0]] for one in segments],
                 "what": [
@@ -212,11 +215,13 @@ class Members(Plot):
 
     def _show(self) -> None:
         state = self.sampler.state
+        people = [] if state is None else state.members
         rows = "".join(
-            f'<tr><td style="color: {owner_color(state, one.id)}">&#9632;</td>'
-            f"<td>{escape(str(one.role))}</td><td>{escape(str(one.address))}</td>"
+            f'<tr><td style="color: {owner_color(people, one.id)}">&#9632;</td>'
+            f"<td>{escape(one.role)}</td>"
+            f'<td title="{escape(one.address)}">{escape(one.address)}</td>'
             f"<td>{int(one.pid)}</td><td>{format_bytes(one.held_bytes)}</td></tr>"
-            for one in (() if state is None else state.members)
+            for one in people
         )
         text = _MEMBERS.format(rows=rows)
         if self.root.text != text:
