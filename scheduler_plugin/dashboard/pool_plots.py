@@ -210,7 +210,8 @@ class Members(Plot):
 
     def __init__(self, scheduler: Any, **kwargs: Any) -> None:
         super().__init__(scheduler)
-        self.root = Div(name="shm_members", **kwargs)
+        wide = ".bk-clearfix { width: 100%; }"
+        self.root = Div(name="shm_members", stylesheets=[wide], **kwargs)
         self.root.styles = {"overflow": "auto"}
 
     def _show(self) -> None:
