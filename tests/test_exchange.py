@@ -234,6 +234,7 @@ def test_every_piece_fits_into_the_lane(exchange: Path, size: int, piece: str) -
         ("exchange.path", ""),
         ("exchange.path", 7),
         ("exchange.path", "a\0b"),
+        ("exchange.path", "a\ud800b"),
         ("pool.linger", "nan"),
     ],
 )
