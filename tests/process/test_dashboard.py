@@ -129,9 +129,15 @@ def test_it_is_offered_once_however_often_it_is_asked_for(client: Client) -> Non
 
 
 def test_it_stops_looking_when_the_page_is_closed(client: Client) -> None:
+    def asked(dask_scheduler: Any = None) -> Any:
+        from scheduler_plugin.dashboard import sampler
+
+        return sampler.of(dask_scheduler)._asked
+
+    before = client.run_on_scheduler(asked)
     get(port_of(client), "shm-pool")  # a session that nobody connects to
-    assert is_running(client)
-    assert eventually(lambda: not is_running(client), 90)  # Bokeh keeps it for half a minute
+    assert client.run_on_scheduler(asked) > before
+    assert eventually(lambda: not is_running(client), 200)  # Bokeh keeps it for half a minute
 
 
 def test_the_preload_offers_it_before_the_scheduler_starts(
