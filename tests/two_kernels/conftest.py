@@ -6,14 +6,23 @@ tests are skipped, since they install programs, and since emulation takes minute
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
+import dask
 import pytest
+from process.deployment import private_pool
 
-from . import supply
+from dask_shm_bridge.exchange.lane import close_all
+
+from . import far, supply
+from .deployment import PATIENT, TwoSides
 from .guest import Guest
 
 WANTED = [name for name in os.environ.get("TWO_KERNELS", "").split(",") if name]
@@ -88,10 +97,11 @@ def guests(
     pytestconfig: pytest.Config,
 ) -> Iterator[Guests]:
     """Keep this kernel's guest."""
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    plugins = pytestconfig.pluginmanager
+    reporter, capture = map(plugins.get_plugin, ("terminalreporter", "capturemanager"))
 
     def say(text: str) -> None:
-        if reporter is not None:
+        with capture.global_and_fixture_disabled():
             reporter.write_line(f"\n{text}")
 
     kept = Guests(kernel, exchange, lambda: tmp_path_factory.mktemp("guest"), say)
@@ -103,3 +113,70 @@ def guests(
 def guest(guests: Guests) -> Guest:
     """Have the second kernel."""
     return guests.get()
+
+
+# What the processes of both sides are set to. Slots are small, so that they are used again and
+# again: a few hundred MiB of arrays go through 24 MiB.
+EXCHANGE = {
+    "shm-bridge.threshold": "64 KiB",
+    "shm-bridge.exchange.mode": "file",
+    "shm-bridge.exchange.size": "24 MiB",
+    "shm-bridge.exchange.piece": "2 MiB",
+    "shm-bridge.pool.size": "128 MiB",
+    "shm-bridge.pool.slot-size": "16 MiB",
+    "shm-bridge.pool.linger": "1s",
+}
+GUEST_POOL = "/dev/shm/shm-bridge"
+
+
+class Sides(Protocol):
+    """Starts a scheduler on a side, with the exchange folder mounted in one way in the guest."""
+
+    def __call__(
+        self, scheduler: str, way: str = "mmap", **guest_config: Any
+    ) -> contextlib.AbstractContextManager[TwoSides]:
+        """Yield it; workers are to be added."""
+
+
+@pytest.fixture
+def pool_folder() -> Iterator[Path]:
+    """Stand in for the fixture of this name above: these tests leave pools on both sides."""
+    with private_pool(**{}) as config:
+        yield Path(config["shm-bridge.pool.path"])
+
+
+@pytest.fixture
+def sides(guests: Guests, exchange: Path, pool_folder: Path, tmp_path: Path) -> Iterator[Sides]:
+    """Make clusters of which each side has a pool of its own, and both the exchange folder."""
+    common = {**PATIENT, **EXCHANGE}
+    host = {
+        **common,
+        "shm-bridge.pool.path": str(pool_folder),
+        "shm-bridge.exchange.path": str(exchange),
+    }
+
+    @contextlib.contextmanager
+    def make(scheduler: str, way: str = "mmap", **guest_config: Any) -> Iterator[TwoSides]:
+        there = {
+            **common,
+            "shm-bridge.pool.path": GUEST_POOL,
+            "shm-bridge.exchange.path": f"/mnt/{way}",
+            **guest_config,
+        }
+        with (
+            dask.config.set(host),
+            TwoSides(guests.get(), tmp_path, host, there, scheduler, "shm") as two,
+        ):
+            yield two
+
+    with dask.config.set(host):
+        yield make
+        gc.collect()
+        close_all()
+    assert not guests.get().call(far.living), "processes are left in the guest"
+    for _ in range(100):
+        left = sorted(path.name for path in exchange.iterdir())
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left, f"left in the exchange folder: {left}"

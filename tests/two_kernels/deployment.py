@@ -72,10 +72,12 @@ class HostProcess:
 class GuestProcess:
     """A process of Dask in the guest; one that is gone with its guest has ended."""
 
-    def __init__(self, guest: Guest, config: dict[str, Any], module: str, *args: str) -> None:
+    def __init__(
+        self, guest: Guest, config: dict[str, Any], module: str, *args: str, **more: str
+    ) -> None:
         self._guest = guest
         names = {k: v for k, v in environment(config).items() if k.startswith("DASK_")}
-        self.pid: int = guest.call(far.start, far.dask, module, *args, **names)
+        self.pid: int = guest.call(far.start, far.dask, module, *args, **names, **more)
 
     def ended(self) -> int | None:
         if not self._guest.lives:
@@ -156,8 +158,10 @@ class TwoSides:
         far_away = side == "guest" and self.side == "host"
         return f"{self.protocol}://{HOST if far_away else '127.0.0.1'}:{self._port}"
 
-    def add_worker(self, side: str, name: str, *args: str) -> HostProcess | GuestProcess:
-        """Start a worker on a side."""
+    def add_worker(
+        self, side: str, name: str, *args: str, **environment: str
+    ) -> HostProcess | GuestProcess:
+        """Start a worker on a side; one in the guest may have something in its environment."""
         port = self.guest.port() if side == "guest" else _free_port()
         listen = "0.0.0.0" if side == "guest" else "127.0.0.1"
         contact = HOST if side == "host" and self.side == "guest" else "127.0.0.1"
@@ -171,13 +175,16 @@ class TwoSides:
             *("--name", name, "--death-timeout", "300"),
             *("--local-directory", "/mnt/tmp" if side == "guest" else str(self.folder)),
             *args,
+            **environment,
         )
         return self.workers[name]
 
-    def _start(self, side: str, module: str, *args: str) -> HostProcess | GuestProcess:
+    def _start(
+        self, side: str, module: str, *args: str, **environment: str
+    ) -> HostProcess | GuestProcess:
         started: HostProcess | GuestProcess
         if side == "guest":
-            started = GuestProcess(self.guest, self.configs[side], module, *args)
+            started = GuestProcess(self.guest, self.configs[side], module, *args, **environment)
         else:
             started = HostProcess(self.folder, self.configs[side], module, *args)
         self.processes.append(started)
@@ -189,11 +196,20 @@ class TwoSides:
         options = {"set_as_default": False, "timeout": START_TIMEOUT_S, **options}
         try:
             with Client(self.address("host"), **options) as client:
-                client.wait_for_workers(len(self.workers), timeout=START_TIMEOUT_S)
+                self._wait_for_workers(client)
                 yield client
         except BaseException as error:
             error.add_note(self.said())
             raise
+
+    def _wait_for_workers(self, client: Client) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while len(client.scheduler_info(n_workers=-1)["workers"]) < len(self.workers):
+            if any(worker.ended() is not None for worker in self.workers.values()):
+                raise RuntimeError("a worker ended")
+            if time.monotonic() > deadline:
+                raise RuntimeError("the workers did not come")
+            time.sleep(0.1)
 
     def said(self) -> str:
         """Return what the processes wrote."""

@@ -22,14 +22,33 @@ LOGS = Path("/mnt/logs")
 _children: dict[int, int | None] = {}
 
 
+class Forked(BaseException):
+    """Ends the work of the parent in a child, which has work of its own."""
+
+    def __init__(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.args = args
+
+
 def main() -> None:
-    """Do what the test asks, one thing after the other, until it hangs up."""
+    """Do what the test asks; in a child, what it was started for."""
     import distributed.cli.dask_scheduler
     import distributed.cli.dask_worker  # noqa: F401
 
     import dask_shm_bridge  # noqa: F401
 
     LOGS.mkdir(exist_ok=True)
+    try:
+        serve()
+    except Forked as child:
+        function, args = child.function, child.args
+    else:
+        return
+    function(*args)
+
+
+def serve() -> None:
+    """Do what the test asks, one thing after the other, until it hangs up."""
     host, port = sys.argv[1:]
     with Client((host, int(port)), authkey=bytes.fromhex(os.environ.pop(KEY))) as asked:
         while True:
@@ -55,24 +74,13 @@ def start(function: Callable[..., None], *args: Any, **environment: str) -> int:
     if pid:
         _children[pid] = None
         return pid
-    code = 1
-    try:
-        os.setsid()
-        log = os.open(LOGS / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for fd in (1, 2):
-            os.dup2(log, fd)
-        os.closerange(3, 1024)
-        os.environ.update(environment)
-        function(*args)
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    os.setsid()
+    log = os.open(LOGS / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd in (1, 2):
+        os.dup2(log, fd)
+    os.close(log)
+    os.environ.update(environment)
+    raise Forked(function, args)
 
 
 def dask(module: str, *args: str) -> None:
@@ -136,4 +144,6 @@ def system(command: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    main()
+    from two_kernels import far  # what the host names is there, not in __main__
+
+    far.main()

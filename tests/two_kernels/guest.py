@@ -35,7 +35,7 @@ CALL_TIMEOUT_S = 300.0
 HOST = "10.0.2.2"
 PORTS = 24
 MEMORY = "2G"
-SHARE = "trans=virtio,version=9p2000.L,access=client,msize=262144"
+SHARE = "trans=virtio,version=9p2000.L,access=client,msize=512000"
 # How the exchange folder is mounted, by name: the type, and the options.
 MOUNTS = {
     "mmap": ("9p", f"{SHARE},cache=mmap"),
@@ -54,7 +54,7 @@ ip link set lo up
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
 ip route add default via 10.0.2.2
-mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=262144 root /host
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=512000 root /host
 mount -t tmpfs -o mode=1777 tmpfs /host/mnt
 mount -t proc proc /host/proc
 mount -t sysfs sysfs /host/sys
@@ -165,8 +165,9 @@ class Guest:
         ]
         root = "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
         command = [
+            # One processor: two emulated ones would wait for each other on a busy machine.
             supply.program("qemu-system-x86_64"),
-            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", MEMORY),
+            *("-accel", "tcg", "-cpu", "max", "-m", MEMORY),
             *("-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on"),
             *("-machine", "q35,memory-backend=ram"),
             *("-display", "none", "-nodefaults", "-no-reboot"),
@@ -294,7 +295,8 @@ class Guest:
         return path
 
     def unmount(self, name: str) -> None:
-        """Take the exchange folder away, whoever uses it."""
+        """Take the exchange folder away; who uses it gets errors from now on."""
+        self.shell(f"umount -f /host/mnt/{name}")  # busy, and yet no request gets through any more
         self.do(f"umount -l /host/mnt/{name}")
 
     def port(self) -> int:
