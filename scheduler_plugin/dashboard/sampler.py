@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import weakref
 from collections import deque
 from time import thread_time
@@ -77,6 +78,15 @@ class State(NamedTuple):
     members: list[Person]
 
 
+class History(NamedTuple):
+    """Samples: when, bytes by region, and bytes a second by way; NaN where nobody looked."""
+
+    times: list[float]
+    used: list[dict[str, float]]
+    rates: list[dict[str, float]]
+    device_rates: list[dict[str, float]]
+
+
 class Sampler:
     """Looks at the pool and at what processes told, for one scheduler.
 
@@ -100,6 +110,8 @@ class Sampler:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = weakref.ref(scheduler)
         self._callback: PeriodicCallback | None = None
+        self._starting = False
+        self._lock = threading.Lock()  # of the history
         self._asked = 0.0
         self._gap = False
         self._flows: dict[str, _Flow] = {}
@@ -114,11 +126,25 @@ class Sampler:
     @property
     def running(self) -> bool:
         """Whether it looks at anything."""
-        return self._callback is not None
+        return self._callback is not None or self._starting
+
+    def history(self) -> History:
+        """Return what was seen so far: all of it of the same samples."""
+        with self._lock:
+            return History(
+                list(self.times), list(self.used), list(self.rates), list(self.device_rates)
+            )
 
     def ask(self) -> None:
-        """Say that somebody looks."""
+        """Say that somebody looks, from any thread: Bokeh 3.10 has threads for its sessions."""
         self._asked = time()
+        scheduler = self._scheduler()
+        if not self.running and scheduler is not None:
+            self._starting = True
+            scheduler.loop.add_callback(self._start)
+
+    def _start(self) -> None:
+        self._starting = False
         if self._callback is None:
             self._gap = True
             self._callback = PeriodicCallback(self._sample, INTERVAL_S * 1000)
@@ -171,13 +197,15 @@ class Sampler:
     def _append(self, now: float, sums: dict[Any, float] | None) -> None:
         none = float("nan")
         state = self.state if sums is not None else None
-        self.times.append(now)
-        none_used = dict.fromkeys(REGION_NAMES, 0.0 if sums is not None else none)
-        self.used.append(none_used if state is None else dict(state.used))
-        self.rates.append({way: none if sums is None else sums[way] for way in counters.SENT})
-        self.device_rates.append(
-            {f"{to} {way}": none if sums is None else sums[to, way] for to, way in DEVICE_WAYS}
-        )
+        nothing = dict.fromkeys(REGION_NAMES, 0.0 if sums is not None else none)
+        used = nothing if state is None else {name: float(n) for name, n in state.used.items()}
+        rates = {way: none if sums is None else sums[way] for way in counters.SENT}
+        device = {f"{to} {way}": none if sums is None else sums[to, way] for to, way in DEVICE_WAYS}
+        with self._lock:
+            self.times.append(now)
+            self.used.append(used)
+            self.rates.append(rates)
+            self.device_rates.append(device)
 
     async def _look(self) -> State | None:
         joined = store.attached()

@@ -81,11 +81,11 @@ class _History(Plot):
     def _add_legend(self, items: list[tuple[str, list[Any]]]) -> None:
         self.root.add_layout(_legend(items), "above")
 
-    def _fill(self, columns: dict[str, list[float]], top: float) -> None:
-        times = [stamp * 1000 for stamp in self.sampler.times] or [time() * 1000]
+    def _fill(self, stamps: list[float], columns: dict[str, list[float]], top: float) -> None:
+        times = [stamp * 1000 for stamp in stamps] or [time() * 1000]
         self.root.x_range.start = min(times[0], times[-1] - _SHORTEST_MS)
         self.root.x_range.end = times[-1]
-        update(self.source, {"time": times if self.sampler.times else [], **columns})
+        update(self.source, {"time": times if stamps else [], **columns})
         end = _round_up(top)
         if self.root.y_range.end != end:
             self.root.y_range.end = end
@@ -115,9 +115,10 @@ class Usage(_History):
         self._add_legend([(r, [area]) for r, area in zip(REGION_NAMES, areas, strict=True)])
 
     def _show(self) -> None:
-        used = list(self.sampler.used)
+        history = self.sampler.history()
+        used = history.used
         columns = {region: [one[region] for one in used] for region in REGION_NAMES}
-        self._fill(columns, _highest([{"all": sum(one.values())} for one in used]))
+        self._fill(history.times, columns, _highest([{"all": sum(one.values())} for one in used]))
 
 
 class Rates(_History):
@@ -136,9 +137,10 @@ class Rates(_History):
         self.root.yaxis.formatter = NumeralTickFormatter(format="0.0 b")
 
     def _show(self) -> None:
-        rates = list(self.sampler.rates)
+        history = self.sampler.history()
+        rates = history.rates
         columns = {way: [one[way] for one in rates] for way in counters.SENT}
-        self._fill(columns, _highest(rates))
+        self._fill(history.times, columns, _highest(rates))
         now = sum(rates[-1].values()) if rates else 0.0
         now = 0.0 if math.isnan(now) else now
         self.root.title.text = f"Sent by way: {format_bytes(int(now))}/s"
@@ -167,9 +169,10 @@ class DeviceRates(_History):
         self.root.legend.glyph_width = 24  # dashes show
 
     def _show(self) -> None:
-        rates = list(self.sampler.device_rates)
+        history = self.sampler.history()
+        rates = history.device_rates
         columns = {name: [one[name] for one in rates] for name in self._names}
-        self._fill(columns, _highest(rates))
+        self._fill(history.times, columns, _highest(rates))
         total = sum(self.sampler.totals["device"].values())
         self.root.title.text = (
             f"GPU copies: {format_bytes(total)} in all" if total else "GPU copies: none so far"
