@@ -15,6 +15,8 @@ CHAOS_SECONDS ?= 40
 CHAOS_FOLDER ?= chaos
 # Debian's kernels for the tests between two kernels: that of the release, and that of its backports.
 KERNELS ?= older,newer
+# How many arrays go each way there.
+ARRAYS ?= 200
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
@@ -68,8 +70,8 @@ test-windows: .venv-test/stamp ## tests on a Windows Python under Wine, which ro
 	@.venv-test/bin/python -m tests.windows test $(PYTEST_ARGS)
 
 .PHONY: test-two-kernels
-test-two-kernels: .venv-test/stamp ## tests between two kernels; installs QEMU (KERNELS=newer for one)
-	@TWO_KERNELS=$(KERNELS) .venv-test/bin/python -m pytest tests/two_kernels $(PYTEST_ARGS)
+test-two-kernels: .venv-test/stamp ## tests between two kernels; installs QEMU (KERNELS=newer ARRAYS=20)
+	@TWO_KERNELS=$(KERNELS) TWO_KERNELS_ARRAYS=$(ARRAYS) .venv-test/bin/python -m pytest tests/two_kernels $(PYTEST_ARGS)
 
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
@@ -86,7 +88,7 @@ lint: .venv-lint/stamp ## ruff and mypy
 	@.venv-lint/bin/python -m ruff check .
 	@.venv-lint/bin/python -m ruff format --check .
 	@.venv-lint/bin/python -m mypy
-	@.venv-lint/bin/python -m mypy --platform win32 --exclude '/mapping/_linux|/benchmarks/|/walk'
+	@.venv-lint/bin/python -m mypy --platform win32 --follow-imports silent dask_shm_bridge/mapping/_windows*.py
 
 .PHONY: bench
 bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)

@@ -186,8 +186,10 @@ def private_pool(
             if check():
                 leaks.check(files=True)
     finally:
-        _leave(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            _leave(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

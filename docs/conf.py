@@ -29,7 +29,7 @@ exclude_patterns = ["_build", "_ext", "_templates"]
 templates_path = ["_templates"]
 nitpicky = True
 # Pages that a checkout may lack; without them they are left out of the index.
-OPTIONAL = ("dashboard", "metrics")
+OPTIONAL = ("dashboard",)
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 4

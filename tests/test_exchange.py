@@ -300,6 +300,21 @@ def test_a_file_by_o_direct_too(exchange: Path, tmp_path: Path, foreign: bool) -
     assert os.listdir(folder) == []
 
 
+def test_a_lane_is_never_longer_than_at_first(exchange: Path) -> None:
+    """A guest that mounts the folder by virtiofs remembers a length, and reads nothing beyond."""
+    one = own()
+    path = exchange / one.name
+    length = path.stat().st_size
+    assert length == 8 * MiB
+    assert path.stat().st_blocks * 512 < MiB
+    offset = one.take(7 * MiB)
+    assert offset is not None
+    one.put(offset, np.ones(7 * MiB, np.uint8))
+    assert path.stat().st_size == length
+    one.give_back(offset)
+    one.leave({})
+
+
 def test_a_lane_that_is_not_the_peers_is_refused(exchange: Path, tmp_path: Path) -> None:
     one = own()
     with pytest.raises(PoolError, match="another file"):

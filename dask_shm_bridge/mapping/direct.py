@@ -94,6 +94,10 @@ class DirectFile:
             self.close()
             raise
 
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._fd
+
     def read(self, target: npt.NDArray[np.uint8], offset: int) -> int:
         """Fill `target` from `offset` on; return how many bytes there were.
 

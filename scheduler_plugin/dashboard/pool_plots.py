@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from bokeh.core.properties import without_property_validation
 from bokeh.models import (
     ColumnDataSource,
+    Div,
     FactorRange,
     FixedTicker,
     HoverTool,
-    HTMLTemplateFormatter,
     NumeralTickFormatter,
     Range1d,
 )
-from bokeh.models.widgets import DataTable, TableColumn
 from bokeh.palettes import Category10
 from bokeh.plotting import figure
 from dask.utils import format_bytes
 from distributed.dashboard.components import DashboardComponent
-from distributed.dashboard.utils import _DATATABLE_STYLESHEETS_KWARGS, update
+from distributed.dashboard.utils import update
 from distributed.utils import log_errors
 
 from dask_shm_bridge.layout import REGION_NAMES
 from scheduler_plugin.dashboard import sampler
-from scheduler_plugin.dashboard.sampler import Person, State
+from scheduler_plugin.dashboard.sampler import Person
 
 REGION_COLORS = {"input": "#4c9ed9", "output": "#eaaa6d", "scratch": "#8fbf8f"}
 _OWNERS = Category10[10]
 _IN_TRANSIT = "#555555"
 _MOST_SEGMENTS = 1500
 _MAP_TIPS = ("@y: @what", "@size", "@whose")
+_MEMBERS = """
+<style>
+  table.shm {{ font-size: 12px; border-collapse: collapse; width: 100%; white-space: nowrap; }}
+  table.shm th {{ text-align: left; font-weight: normal; border-bottom: 1px solid silver; }}
+  table.shm td, table.shm th {{ padding: 4px 6px; }}
+  table.shm tr:nth-child(even) td {{ background-color: #f0f0f0; }}
+  table.shm td:nth-child(n + 4), table.shm th:nth-child(n + 4) {{ text-align: right; }}
+  table.shm td:nth-child(3) {{ width: 100%; max-width: 0; overflow: hidden;
+                               text-overflow: ellipsis; }}
+</style>
+<table class="shm">
+  <thead><tr><th></th><th>Role</th><th>Address</th><th>Process</th><th>Holds</th></tr></thead>
+  <tbody>{rows}</tbody>
+</table>
+"""
 TIP = '<span style="font-size: 11px; font-family: Monaco, monospace;">{}</span>'
 
 
@@ -56,9 +71,9 @@ class Plot(DashboardComponent):
         raise NotImplementedError
 
 
-def owner_color(state: State, member: int | None) -> str:
+def owner_color(people: list[Person], member: int | None) -> str:
     """Return the colour of a member: by its place, so that neighbours in the table differ."""
-    for place, person in enumerate(state.members):
+    for place, person in enumerate(people):
         if person.id == member:
             return str(_OWNERS[place % len(_OWNERS)])
     return _IN_TRANSIT
@@ -161,7 +176,8 @@ class PoolMap(Plot):
                 "left": [one.start for one in segments],
                 "right": [one.end for one in segments],
                 "color": [
-                    owner_color(state, one.owners[0] if one.owners else None) for one in segments
+                    owner_color(state.members, one.owners[0] if one.owners else None)
+                    for one in segments
                 ],
                 "edge": [REGION_COLORS[names[one.slot].rpartition(" ")[0]] for one in segments],
                 "what": [
@@ -187,42 +203,27 @@ def _name(person: Person) -> str:
 
 
 class Members(Plot):
-    """Who has joined the pool, and what they hold of it."""
+    """Who has joined the pool, and what they hold of it.
+
+    Not a `DataTable`: Bokeh 3.9 draws one anew only where its number of rows changes.
+    """
 
     def __init__(self, scheduler: Any, **kwargs: Any) -> None:
         super().__init__(scheduler)
-        self.source = ColumnDataSource(
-            {name: [] for name in ("color", "role", "address", "pid", "held")}
-        )
-        swatch = HTMLTemplateFormatter(template='<span style="color: <%= value %>">&#9632;</span>')
-        self.root = DataTable(
-            source=self.source,
-            name="shm_members",
-            columns=[
-                TableColumn(field="color", title="", formatter=swatch, width=14),
-                TableColumn(field="role", title="Role", width=56),
-                TableColumn(field="address", title="Address", width=250),
-                TableColumn(field="pid", title="Process", width=48),
-                TableColumn(field="held", title="Holds", width=62),
-            ],
-            index_position=None,
-            sortable=False,
-            reorderable=False,
-            selectable=False,
-            **_DATATABLE_STYLESHEETS_KWARGS,
-            **kwargs,
-        )
+        wide = ".bk-clearfix { width: 100%; }"
+        self.root = Div(name="shm_members", stylesheets=[wide], **kwargs)
+        self.root.styles = {"overflow": "auto"}
 
     def _show(self) -> None:
         state = self.sampler.state
-        members = [] if state is None else state.members
-        update(
-            self.source,
-            {
-                "color": [owner_color(state, one.id) for one in members if state is not None],
-                "role": [one.role for one in members],
-                "address": [one.address for one in members],
-                "pid": [one.pid for one in members],
-                "held": [format_bytes(one.held_bytes) for one in members],
-            },
+        people = [] if state is None else state.members
+        rows = "".join(
+            f'<tr><td style="color: {owner_color(people, one.id)}">&#9632;</td>'
+            f"<td>{escape(one.role)}</td>"
+            f'<td title="{escape(one.address)}">{escape(one.address)}</td>'
+            f"<td>{int(one.pid)}</td><td>{format_bytes(one.held_bytes)}</td></tr>"
+            for one in people
         )
+        text = _MEMBERS.format(rows=rows)
+        if self.root.text != text:
+            self.root.text = text

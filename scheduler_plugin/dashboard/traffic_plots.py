@@ -73,6 +73,7 @@ class _History(Plot):
         )
         self.root.yaxis.formatter = NumeralTickFormatter(format="0.0 b")
         self.root.yaxis.ticker = BasicTicker(**TICKS_1024)
+        self.root.xaxis.ticker.desired_num_ticks = 3
         self.root.xgrid.visible = False
         self.root.axis.minor_tick_line_alpha = 0
         self.root.toolbar_location = None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,9 +57,13 @@ def chromium(width: int, height: int) -> Iterator[Any]:
 
 def fit(browser: Any, width: int, height: int) -> None:
     """Have the page itself, without the window's frame, be of this size."""
-    has = browser.execute_script("return [window.innerWidth, window.innerHeight]")
-    browser.set_window_size(2 * width - has[0], 2 * height - has[1])
-    assert browser.execute_script("return [innerWidth, innerHeight]") == [width, height]
+    outer = browser.get_window_size()
+    has = browser.execute_script("return [innerWidth, innerHeight]")
+    browser.set_window_size(outer["width"] + width - has[0], outer["height"] + height - has[1])
+    deadline = time.monotonic() + 10
+    while browser.execute_script("return [innerWidth, innerHeight]") != [width, height]:
+        assert time.monotonic() < deadline, "the window did not take its size"
+        time.sleep(0.05)
 
 
 def complaints(browser: Any) -> list[str]:
@@ -80,6 +85,25 @@ def column(browser: Any, name: str, key: str, renderer: str = "renderers[0].data
         name,
         key,
     )
+
+
+def members(browser: Any) -> list[list[str]]:
+    """Return the rows of the table of members as they are drawn, without their colour."""
+    found: list[list[str]] = browser.execute_script(
+        """
+        const rows = [];
+        const walk = root => {
+            for (const one of root.querySelectorAll("*")) {
+                if (one.matches("table.shm tbody tr"))
+                    rows.push(Array.from(one.cells).slice(1).map(cell => cell.textContent));
+                if (one.shadowRoot) walk(one.shadowRoot);
+            }
+        };
+        walk(document);
+        return rows;
+        """
+    )
+    return found
 
 
 def title(browser: Any, name: str) -> str | None:

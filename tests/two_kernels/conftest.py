@@ -97,10 +97,11 @@ def guests(
     pytestconfig: pytest.Config,
 ) -> Iterator[Guests]:
     """Keep this kernel's guest."""
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    plugins = pytestconfig.pluginmanager
+    reporter, capture = map(plugins.get_plugin, ("terminalreporter", "capturemanager"))
 
     def say(text: str) -> None:
-        if reporter is not None:
+        with capture.global_and_fixture_disabled():
             reporter.write_line(f"\n{text}")
 
     kept = Guests(kernel, exchange, lambda: tmp_path_factory.mktemp("guest"), say)
@@ -145,7 +146,7 @@ def pool_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def sides(guest: Guest, exchange: Path, pool_folder: Path, tmp_path: Path) -> Iterator[Sides]:
+def sides(guests: Guests, exchange: Path, pool_folder: Path, tmp_path: Path) -> Iterator[Sides]:
     """Make clusters of which each side has a pool of its own, and both the exchange folder."""
     common = {**PATIENT, **EXCHANGE}
     host = {
@@ -156,7 +157,7 @@ def sides(guest: Guest, exchange: Path, pool_folder: Path, tmp_path: Path) -> It
 
     @contextlib.contextmanager
     def make(scheduler: str, way: str = "mmap", **guest_config: Any) -> Iterator[TwoSides]:
-        guests = {
+        there = {
             **common,
             "shm-bridge.pool.path": GUEST_POOL,
             "shm-bridge.exchange.path": f"/mnt/{way}",
@@ -164,7 +165,7 @@ def sides(guest: Guest, exchange: Path, pool_folder: Path, tmp_path: Path) -> It
         }
         with (
             dask.config.set(host),
-            TwoSides(guest, tmp_path, host, guests, scheduler, "shm") as two,
+            TwoSides(guests.get(), tmp_path, host, there, scheduler, "shm") as two,
         ):
             yield two
 
@@ -172,7 +173,7 @@ def sides(guest: Guest, exchange: Path, pool_folder: Path, tmp_path: Path) -> It
         yield make
         gc.collect()
         close_all()
-    assert not guest.lives or not guest.call(far.living), "processes are left in the guest"
+    assert not guests.get().call(far.living), "processes are left in the guest"
     for _ in range(100):
         left = sorted(path.name for path in exchange.iterdir())
         if not left:

@@ -165,8 +165,9 @@ class Guest:
         ]
         root = "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
         command = [
+            # One processor: two emulated ones would wait for each other on a busy machine.
             supply.program("qemu-system-x86_64"),
-            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", MEMORY),
+            *("-accel", "tcg", "-cpu", "max", "-m", MEMORY),
             *("-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on"),
             *("-machine", "q35,memory-backend=ram"),
             *("-display", "none", "-nodefaults", "-no-reboot"),

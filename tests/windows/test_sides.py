@@ -34,7 +34,7 @@ class Side:
             self.process = subprocess.Popen(
                 [sys.executable, *line],
                 env={
-                    **os.environ,
+                    **wine.own_environment(),
                     **CONFIG,
                     "DASK_SHM_BRIDGE__POOL__PATH": str(pool),
                     "PYTHONPATH": str(wine.REPOSITORY),
@@ -54,7 +54,7 @@ class Side:
         for data in self.process.stdout:
             line = data.decode(errors="replace").strip()
             self.lines.append(line)
-            if line.startswith("{"):
+            if line.startswith('{"'):
                 found: dict[str, Any] = json.loads(line)
                 return found
         raise AssertionError("it said nothing more: " + "\n".join(self.lines[-60:]))

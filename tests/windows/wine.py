@@ -18,13 +18,16 @@ def name_of(path: str | Path) -> str:
     return "Z:" + str(path).replace("/", "\\")
 
 
+def own_environment() -> dict[str, str]:
+    """Return ours, without what speaks of Python, and of where a test's pool is."""
+    ours = ("PYTHON", "PYTEST", "DASK_")
+    return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for a Windows process."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))
-    }
     return {
-        **kept,
+        **own_environment(),
         "WINEPREFIX": str(build.root() / "prefix"),
         "WINEARCH": "win64",
         "WINEDEBUG": "-all",
