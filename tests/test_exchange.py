@@ -1758,3 +1758,25 @@ def test_a_comm_that_has_ended_keeps_nothing_of_what_was_under_way(
     run(talk())
     assert counts(pools()) == (0, 0, 0)
     assert len(kept) == 1
+
+
+def test_a_read_goes_on_where_the_exchange_ends_and_the_stream_does_not(exchange: Path) -> None:
+    # so it is where an upgrade finds a pool in common, or is refused, while Dask reads
+    async def answer(comm: Any) -> None:
+        with contextlib.suppress(CommClosedError):
+            assert list(await comm.read()) == [0]
+            comm._file.demote("of no use to a peer that has left it")
+            await comm.write([1, to_serialize(numbers(MiB))])
+            await comm.read()
+
+    async def talk() -> None:
+        async with connected(answer) as comm:
+            reading = asyncio.ensure_future(comm.read())
+            await asyncio.sleep(0)
+            comm._end_exchange()
+            await comm.write([0])
+            one, x = await asyncio.wait_for(reading, 10)
+            assert one == 1
+            assert (x == numbers(MiB)).all()
+
+    run(talk())

@@ -187,8 +187,9 @@ class FarStream:
         """Give back what the peer has not read, some time soon, and let go of its lane."""
         self.end()
         self._far = self._looked = None
-        self._inbox.clear()
-        self._awaited.clear()
+        if self._comm.stream is None:  # else a read that has begun goes on
+            self._inbox.clear()
+            self._awaited.clear()
 
     # ------------------------------------------------------------------------------ writing
 
@@ -383,7 +384,7 @@ class FarStream:
                 raise ValueError(f"the message's frame {place!r:.100} can't be replaced")
         if others:
             await self._comm._resolve(stream, frames, others)
-        if self.end.alive:
+        if self._comm.stream is not None:
             self._inbox.append(assembly)
 
     async def _hear(self, stream: IOStream, op: str, *words: Any) -> None:
