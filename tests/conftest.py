@@ -39,6 +39,8 @@ POOL = {
     # arrays of tests are small; `make test-threshold` sets it to 1 byte
     "shm-bridge.threshold": os.environ.get("DASK_SHM_BRIDGE__THRESHOLD", "256 KiB"),
 }
+if WINDOWS:  # where a folder that is named may be shared with WSL2, so that a lane is made there
+    POOL["shm-bridge.exchange.path"] = False
 PATIENCE_S = 10.0
 
 
@@ -79,12 +81,36 @@ def leave(folder: Path) -> None:
     module = sys.modules.get("dask_shm_bridge.store")
     if module is None:
         return
+    if WINDOWS:  # where no living view can be detached
+        gc.collect()
+        for joined in module.joined():
+            joined.settle()
     if set(module._pools) <= {str(folder)}:
         module.detach_all()
     else:
         joined = module._pools.pop(str(folder), None)
         if joined is not None:
             joined.close()
+
+
+_later: list[Path] = []
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; on Windows what is still mapped goes with the last test."""
+    gc.collect()
+    try:
+        shutil.rmtree(folder)
+    except OSError:
+        if not WINDOWS:
+            raise
+        _later.append(folder)
+
+
+def pytest_sessionfinish() -> None:
+    gc.collect()
+    for folder in _later:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def leftovers(folder: Path) -> list[str]:

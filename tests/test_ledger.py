@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from conftest import CLOEXEC, MEMORY, descriptors
+from conftest import CLOEXEC, MEMORY, descriptors, posix, remove
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     Bundle,
@@ -79,7 +79,7 @@ def new_ledger(folder, layout=LAYOUT, timeout_s=2.0):
     finally:
         ledger.close()
         os.close(lock)
-        shutil.rmtree(path)
+        remove(path)
 
 
 def arguments(ledger, folder, timeout_s=2.0):
@@ -671,6 +671,7 @@ def test_a_closed_ledger_does_not_lock_whatever_has_its_descriptor_now(folder, m
         assert touched == []
 
 
+@posix
 def test_the_file_is_backed_whole(folder):
     """With `writemap` a page that can't be had would be a SIGBUS."""
     with new_ledger(folder):
@@ -798,6 +799,7 @@ def test_a_thread_in_a_transaction_is_not_waited_for_forever(ledger):
     assert ledger.connect(1, 1.0)
 
 
+@posix
 def test_a_process_stopped_in_a_transaction_is_busy_not_dead(ledger, folder, child):
     other = child(
         OPEN + "with ledger.record.changing():\n    say()\n    hear()\nsay()",

@@ -61,7 +61,7 @@ def victim(tmp_path):
 @pytest.fixture(autouse=True)
 def no_leaked_fds():
     folder = Path("/proc/self/fd")
-    if not folder.is_dir():
+    if os.name == "nt" or not folder.is_dir():
         yield
         return
     before = len(list(folder.iterdir()))
@@ -481,7 +481,10 @@ def test_nothing_is_deleted_when_a_later_reference_fails(pool_dir):
     assert_same(decode(reference, pool_dir), np.arange(3))
 
 
-@pytest.mark.parametrize("replacement", ["file", "symlink", "nothing"])
+# Wine 8 takes a link for what it leads to.
+@pytest.mark.parametrize(
+    "replacement", ["file", *([] if os.name == "nt" else ["symlink"]), "nothing"]
+)
 def test_a_replaced_name_is_not_deleted(pool_dir, victim, monkeypatch, caplog, replacement):
     path = pool_dir / "a.npy"
     reference = saved(pool_dir, "a.npy", np.arange(3))

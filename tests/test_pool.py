@@ -16,7 +16,7 @@ import weakref
 import dask
 import numpy as np
 import pytest
-from conftest import bridge_threads, descriptors, eventually, leftovers
+from conftest import WINDOWS, bridge_threads, descriptors, eventually, leftovers, posix
 
 from dask_shm_bridge import counters, mapping, store
 from dask_shm_bridge.config import Settings
@@ -25,6 +25,9 @@ from dask_shm_bridge.layout import GRAIN_BYTES, HEADER_BYTES, Layout
 from dask_shm_bridge.store import Frame
 from dask_shm_bridge.views import MAPPINGS
 
+detached = pytest.mark.skipif(
+    WINDOWS, reason="each view has a mapping of its own on Windows, and none is detached in place"
+)
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
 
 MiB = 1024 * 1024
@@ -163,6 +166,7 @@ def test_a_strided_part_of_a_view_is_copied(small_pool, connection):
     assert bytes(second) == strided.tobytes()
 
 
+@detached
 def test_a_part_detached_meanwhile_is_copied_after_all(small_pool, connection, monkeypatch):
     (first,) = take(small_pool, connection, send(small_pool, connection, payload())).buffers
     real = small_pool.ledger.ship
@@ -345,6 +349,7 @@ def test_pieces(small_pool, connection):
     assert figures(small_pool) == EMPTY
 
 
+@detached
 def test_several_readers_of_one_extent(small_pool, connection):
     """As many views as mappings, then copies; all with the right bytes, all on their own."""
     array = payload()
@@ -381,7 +386,7 @@ def test_the_hold_limit_copies_out_and_trims():
         assert joined.views.leased_bytes <= 8 * MiB
     counted = more(before)
     assert counted["hold-limit"] >= 1
-    assert counted["detached"] >= 2  # down to three quarters
+    assert WINDOWS or counted["detached"] >= 2  # down to three quarters
     (me,) = joined.ledger.members()
     assert me.held_bytes <= 8 * MiB
     scribble(joined)
@@ -418,6 +423,7 @@ def ship(connection, number, nbytes, seed, region="input"):
 """
 
 
+@detached
 def test_pressure_by_one_process_detaches_old_views_of_another(small_pool, connection, child):
     held = []
     for number in range(6):
@@ -617,7 +623,8 @@ hear()
     other.hear()
     assert send(small_pool, connection, payload()).refused == {0: "full"}
     assert figures(small_pool) == {"extents": 12, "leases": 4, "tickets": 8}
-    os.kill(other.pid, signal.SIGSTOP)
+    if not WINDOWS:
+        os.kill(other.pid, signal.SIGSTOP)
     small_pool._last_sweep = -1e9
     assert send(small_pool, connection, payload(), number=2).refused == {0: "full"}
     other.kill()
@@ -692,6 +699,7 @@ hear()
 # ------------------------------------------------------------------------------- leaving
 
 
+@detached
 def test_living_arrays_stay_readable_after_close(small_pool, connection, child, pool_folder):
     """Others are still in the pool, and use the space again at once."""
     other = child(
@@ -846,6 +854,7 @@ def test_a_process_that_just_ends_leaves(small_pool, python, pool_folder, hasty)
     assert done.stderr == ""
     usage = small_pool.usage()
     # in haste, its array kept its lease until its very end, and it is there until somebody looks
+    hasty = hasty or WINDOWS  # where no view is detached
     left = {"members": 1 + hasty, "connections": 0, "tickets": 0, "leases": int(hasty)}
     assert {key: usage[key] for key in left} == left
     small_pool.attachment.sweep()
@@ -900,6 +909,7 @@ def test_identity_is_that_of_the_file(small_pool, child):
 # ------------------------------------------------------------- files that vanish (RemoveIPC=)
 
 
+@posix
 def test_files_that_were_removed(pool_folder, child, caplog, monkeypatch):
     """The old pool goes on for its members, a new one is made, and it is said once."""
     monkeypatch.setattr(counters, "_said", set())
@@ -949,6 +959,7 @@ def test_files_that_were_removed(pool_folder, child, caplog, monkeypatch):
     assert (array == 7).all()
 
 
+@posix
 def test_a_lock_file_alone_that_was_removed(pool_folder):
     shared = store.attach()
     name = pool_folder / shared.attachment.name / "members" / f"{shared.member:016x}"
@@ -960,6 +971,7 @@ def test_a_lock_file_alone_that_was_removed(pool_folder):
     assert store.attach() is shared
 
 
+@posix
 def test_a_lost_pool_is_left_when_nobody_uses_it(pool_folder, settings):
     old = store.attach(settings(linger_s=0.1))
     connection = old.connect()
@@ -971,6 +983,7 @@ def test_a_lost_pool_is_left_when_nobody_uses_it(pool_folder, settings):
     assert store.joined() == [new]
 
 
+@posix
 def test_a_forked_child_of_a_member_of_a_lost_pool(pool_folder, child):
     one = child(
         """
