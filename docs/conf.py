@@ -28,8 +28,6 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_ext", "_templates"]
 templates_path = ["_templates"]
 nitpicky = True
-# Pages that a checkout may lack; without them they are left out of the index.
-OPTIONAL = ("dashboard",)
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 4
@@ -50,13 +48,6 @@ html_show_sourcelink = False
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2}
 
 
-def without_missing(app: Any, docname: str, source: list[str]) -> None:
-    """Take optional pages that are not there out of the index."""
-    if docname == "index":
-        missing = {name for name in OPTIONAL if not (HERE / f"{name}.md").exists()}
-        source[0] = "\n".join(line for line in source[0].split("\n") if line not in missing)
-
-
 def without_network(app: Any, exception: Exception | None) -> None:
     """Take what the theme fetches from elsewhere (fonts) out of the built pages."""
     style = Path(app.outdir) / "_static" / "css" / "style.css"
@@ -65,5 +56,4 @@ def without_network(app: Any, exception: Exception | None) -> None:
 
 
 def setup(app: Any) -> None:
-    app.connect("source-read", without_missing)
     app.connect("build-finished", without_network)
