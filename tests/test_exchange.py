@@ -1780,3 +1780,14 @@ def test_a_read_goes_on_where_the_exchange_ends_and_the_stream_does_not(exchange
             assert (x == numbers(MiB)).all()
 
     run(talk())
+
+
+def test_where_there_is_no_direct_way_a_foreign_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dask_shm_bridge.mapping.direct import DirectFile
+
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    with pytest.raises(OSError, match="another kernel"):
+        DirectFile(str(tmp_path / "lane"), foreign=True, create=True)
+    assert list(tmp_path.iterdir()) == []
