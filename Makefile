@@ -13,13 +13,17 @@ CHAOS_OTHERS ?= 1
 CHAOS_ROUNDS ?= 5
 CHAOS_SECONDS ?= 40
 CHAOS_FOLDER ?= chaos
+# Debian's kernels for the tests between two kernels: that of the release, and that of its backports.
+KERNELS ?= older,newer
+# How many arrays go each way there.
+ARRAYS ?= 200
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-ENVS := demo test test-oldest lint bench
+ENVS := demo test test-oldest lint bench docs
 
 # What pip installs into .venv-<name>.
 INSTALL_demo := -e '.[demo]'
@@ -27,6 +31,7 @@ INSTALL_test := -e '.[test]'
 INSTALL_test-oldest := -e '.[test]' dask==2026.7.1 distributed==2026.7.1
 INSTALL_lint := -e '.[lint]'
 INSTALL_bench := -e '.[bench]'
+INSTALL_docs := -e '.[docs,test]'
 
 # An environment whose Python doesn't start any more (the system's was upgraded) is made again.
 $(foreach env,$(ENVS),$(if $(wildcard .venv-$(env)/stamp),\
@@ -35,7 +40,7 @@ $(foreach env,$(ENVS),$(if $(wildcard .venv-$(env)/stamp),\
 .PHONY: help
 help: ## list the targets (the default)
 	@echo 'make TARGET [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: .venv-demo/stamp ## a cluster, arrays that go through the pool, and what it saved
@@ -54,9 +59,19 @@ test-threshold: .venv-test/stamp ## tests with real processes, every frame going
 	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
 	  -m 'not threshold and not slow' $(PYTEST_ARGS)
 
+.PHONY: test-browser
+test-browser: .venv-test/stamp ## the dashboard page in a real browser (Debian: chromium, chromium-driver)
+	@for program in chromium chromedriver; do command -v $$program >/dev/null || { \
+	  echo "$$program is missing. On Debian: apt install chromium chromium-driver" >&2; exit 1; }; done
+	@.venv-test/bin/python -m pytest -m browser $(PYTEST_ARGS)
+
 .PHONY: test-windows
 test-windows: .venv-test/stamp ## tests on a Windows Python under Wine, which root has installed
 	@.venv-test/bin/python -m tests.windows test $(PYTEST_ARGS)
+
+.PHONY: test-two-kernels
+test-two-kernels: .venv-test/stamp ## tests between two kernels; installs QEMU (KERNELS=newer ARRAYS=20)
+	@TWO_KERNELS=$(KERNELS) TWO_KERNELS_ARRAYS=$(ARRAYS) .venv-test/bin/python -m pytest tests/two_kernels $(PYTEST_ARGS)
 
 .PHONY: chaos
 chaos: .venv-test/stamp ## processes killed at every step, and a cluster under faults (CHAOS_KILLS=1000)
@@ -78,6 +93,12 @@ lint: .venv-lint/stamp ## ruff and mypy
 .PHONY: bench
 bench: .venv-bench/stamp ## the benchmarks (BENCH_ARGS='--help' lists them)
 	@.venv-bench/bin/python -m dask_shm_bridge.benchmarks $(BENCH_ARGS)
+
+.PHONY: docs
+docs: .venv-docs/stamp ## the documentation, as HTML in build/docs; warnings are errors
+	@.venv-docs/bin/python -m sphinx -q -W --keep-going -n -d build/doctrees docs build/docs
+	@.venv-docs/bin/python -m pytest -q tests/test_docs.py -k 'not runs_as'
+	@echo build/docs/index.html
 
 .PHONY: fuzz
 fuzz: .venv-test/stamp ## bad input for all that comes from outside (FUZZ_ARGS='--cases 200000')

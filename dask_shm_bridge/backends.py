@@ -14,6 +14,7 @@ from distributed.comm.tcp import (
     TLSListener,
 )
 
+from dask_shm_bridge import figures
 from dask_shm_bridge.attend import attend
 from dask_shm_bridge.comm import ShmTCP, ShmTLS, join_pool
 
@@ -31,6 +32,7 @@ class ShmConnectorMixin(BaseTCPConnector):
         except BaseException:  # out of time: the peer must not wait for our handshake
             comm.abort()
             raise
+        figures.attend_clients()
         return comm
 
 

@@ -316,6 +316,7 @@ class ShmTCP(TCP):
     async def _write_large(
         self, link: _Link, frames: list[Any], sizes: list[int], large: list[int]
     ) -> int:
+        start = time.perf_counter()
         wanted = []
         for index in large:
             link.numbers += 1
@@ -347,10 +348,9 @@ class ShmTCP(TCP):
         except BaseException:
             shipment.undo()
             raise
-        for nbytes in shipment.copied:
-            counters.count("sent", "copied", nbytes)
-        for nbytes in shipment.referenced:
-            counters.count("sent", "referenced", nbytes)
+        if shipment.tickets:
+            sizes_by_way = {"copied": shipment.copied, "referenced": shipment.referenced}
+            counters.moved("sent", sizes_by_way, time.perf_counter() - start)
         if pieces:
             await self._write_pieces(link, [frames[i] for i in sorted(pieces)])
         return self._claimed(sum(sizes), True)
@@ -531,6 +531,7 @@ class ShmTCP(TCP):
                 raise ValueError(f"the message's frame {place!r:.100} can't be replaced")
             (tickets if way == _TICKET else pieces)[place] = value
         if tickets:
+            start = time.perf_counter()
             numbers = list(tickets.values())
             try:
                 received = shared.receive(connection, numbers, _DIRECT_TIMEOUT_S)
@@ -540,10 +541,8 @@ class ShmTCP(TCP):
                 await _run(shared, shared.copy_out, received)
             for place, buffer in zip(tickets, received.buffers, strict=True):
                 frames[place] = buffer
-            for nbytes in received.viewed:
-                counters.count("received", "viewed", nbytes)
-            for nbytes in received.copied:
-                counters.count("received", "copied", nbytes)
+            sizes = {"viewed": received.viewed, "copied": received.copied}
+            counters.moved("received", sizes, time.perf_counter() - start)
         for place in sorted(pieces):
             frames[place] = await self._read_in_pieces(shared, connection, stream, pieces[place])
 

@@ -296,11 +296,12 @@ def _folder(key: str, path: Any) -> str:
 
     name = os.path.expanduser(str(path))
     try:
+        os.fsencode(name)
         if mapping.WINDOWS and name.startswith(("/", "\\\\")):
             name = location.translate(name, "windows")
         elif not mapping.WINDOWS and _OF_WINDOWS.match(name):
             name = location.translate(name, "linux")
-    except PoolError as error:
+    except (PoolError, UnicodeEncodeError) as error:  # a lone surrogate
         raise PoolError(f"shm-bridge.{key}: {error}") from None
     return os.path.abspath(name)
 

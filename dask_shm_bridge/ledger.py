@@ -300,10 +300,10 @@ class Ledger:
 
     # ------------------------------------------------------------------------------ reports
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Return counts of rows, and bytes used by region."""
         used = dict.fromkeys(REGION_NAMES, 0)
-        with self.record.reading() as tables:
+        with self.record.reading(timeout_s) as tables:
             for offset, length, _, _ in tables.extents.values():
                 for region in REGION_NAMES:
                     start, end = self._layout.window(region)
@@ -349,9 +349,9 @@ class Ledger:
                 default=0,
             )
 
-    def snapshot(self) -> dict[str, dict[Any, Any]]:
+    def snapshot(self, timeout_s: float | None = None) -> dict[str, dict[Any, Any]]:
         """Return every table as a plain dictionary, for checks and for curiosity."""
-        with self.record.reading() as tables:
+        with self.record.reading(timeout_s) as tables:
             return {
                 "free": {offset: length for offset, length in tables.free},
                 "extent": {extent: tuple(row) for extent, row in tables.extents.items()},

@@ -24,10 +24,12 @@ class ShmWorkerPlugin(WorkerPlugin):
 
     async def setup(self, worker: Any) -> None:
         """Upgrade the worker and its stream to the scheduler; pin the pool and report the GPU."""
-        from dask_shm_bridge import events, upgrade
+        from dask_shm_bridge import events, figures, metrics, upgrade
         from dask_shm_bridge.cuda import worker as gpu
 
         events.attach(worker)
+        figures.add_to_worker(worker)
+        metrics.add(worker)
         if not worker.address.startswith("shm"):
             await upgrade.upgrade_worker(worker)
         if await gpu.setup(worker) is not None:

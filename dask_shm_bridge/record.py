@@ -181,9 +181,9 @@ class Record:
         self._env.close()
 
     @contextmanager
-    def reading(self) -> Iterator[Tables]:
+    def reading(self, timeout_s: float | None = None) -> Iterator[Tables]:
         """Have the tables, to look at only."""
-        self._take(None)
+        self._take(timeout_s)
         try:
             with self._env.begin(write=True, buffers=True) as txn:
                 yield self._load(txn)[1]

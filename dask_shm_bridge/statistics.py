@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from dask_shm_bridge import counters, store
+from dask_shm_bridge import figures as process_figures
 from dask_shm_bridge.errors import BridgeError
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -52,7 +53,7 @@ def local_stats() -> dict[str, Any]:
     figures = counters.snapshot()
     gpu = sys.modules.get("dask_shm_bridge.cuda.worker")
     figures["device"] = None if gpu is None else gpu.figures()
-    figures["connections"] = _connections()
+    figures["connections"] = process_figures.connections()
     probe = sys.modules.get("dask_shm_bridge.exchange.probe")
     figures["exchange"] = {} if probe is None else probe.verdicts()
     joined = store.attached()
@@ -61,15 +62,6 @@ def local_stats() -> dict[str, Any]:
     except BridgeError:  # the ledger is busy, or the pool was left just now
         figures["pool"] = None
     return figures
-
-
-def _connections() -> dict[str, int]:
-    """Count this process's open connections by mode."""
-    comm = sys.modules.get("dask_shm_bridge.comm")
-    counts = {"shared": 0, "file": 0, "tcp": 0}
-    for mode in [] if comm is None else comm.modes():
-        counts[mode] += 1
-    return counts
 
 
 async def _cluster_stats(client: Any) -> dict[str, Any]:
@@ -84,4 +76,7 @@ async def _cluster_stats(client: Any) -> dict[str, Any]:
         scheduler = await client.run_on_scheduler(local_stats)
     except ImportError:
         scheduler = None
-    return {"client": local_stats(), "scheduler": scheduler, "workers": workers}
+    own = local_stats()
+    if process_figures.understands(client):  # so that its metrics are not behind this
+        await process_figures.tell(client, process_figures.figures())
+    return {"client": own, "scheduler": scheduler, "workers": workers}

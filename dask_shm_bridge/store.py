@@ -417,9 +417,9 @@ class Pool:
         except LedgerError:
             return 0
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Return what `dask_shm_bridge.stats` shows under ``"pool"``."""
-        usage = self.ledger.usage()
+        usage = self.ledger.usage(timeout_s)
         counts, used = usage["counts"], usage["used"]
         regions = {}
         for name in REGION_NAMES:

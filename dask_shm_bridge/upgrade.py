@@ -27,7 +27,7 @@ from typing import Any
 from distributed.comm import registry
 from distributed.comm.tcp import TCP, TLS, TCPListener, TLSListener
 
-from dask_shm_bridge import backends, memory, wire
+from dask_shm_bridge import backends, figures, memory, wire
 from dask_shm_bridge import comm as shm
 
 logger = logging.getLogger("dask_shm_bridge")
@@ -87,6 +87,7 @@ async def upgrade_worker(worker: Any) -> bool:
 async def upgrade_client(client: Any) -> bool:
     """Upgrade a client and its stream; True if the stream uses the pool now."""
     install()
+    figures.add_to_client(client)
     close_idle(client.rpc)
     ask = partial(getattr(client.scheduler, OPERATION), client=client.id)
     return await _upgrade_stream(client.scheduler_comm, ask)

@@ -10,8 +10,9 @@ from typing import Any, TypeVar, cast
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_shm_bridge.config import PlacementSettings
-from scheduler_plugin import devices
+from scheduler_plugin import dashboard, devices
 from scheduler_plugin.placer import GPU, Placer
+from scheduler_plugin.reports import Reports
 
 logger = logging.getLogger("dask_shm_bridge")
 
@@ -45,6 +46,8 @@ class ShmSchedulerPlugin(SchedulerPlugin):
     ----------
     devices : dict
         What workers reported of their devices, by address.
+    reports : Reports or None
+        What processes told of what they moved, once it has started.
 
     Notes
     -----
@@ -59,6 +62,7 @@ class ShmSchedulerPlugin(SchedulerPlugin):
 
     def __init__(self) -> None:
         self.devices: dict[str, dict[str, Any]] = {}
+        self.reports: Reports | None = None
         self._placer: Placer | None = None
         self._failed = False
 
@@ -72,7 +76,7 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         PoolError
             If the configuration under ``shm-bridge.placement`` can't be used.
         """
-        from dask_shm_bridge import events, upgrade
+        from dask_shm_bridge import events, figures, metrics, upgrade
 
         settings = PlacementSettings.from_config()
         devices.hide()
@@ -83,8 +87,14 @@ class ShmSchedulerPlugin(SchedulerPlugin):
         # A scheduler starts a plugin that its preload registered a second time: then it is this.
         if old is not self and isinstance(old, ShmSchedulerPlugin):
             self.devices = old.devices
+            self.reports = old.reports
             # Dask adds this one as soon as this returns: nothing awaits between, and it would warn.
             scheduler.remove_plugin(self.name)
+        if self.reports is None:
+            self.reports = Reports(scheduler)
+        scheduler.handlers[figures.OPERATION] = self.reports.client_told
+        metrics.add(scheduler, self.reports.of_clients)
+        dashboard.add(scheduler)
         scheduler.handlers[OPERATION] = self.device_reported
         if settings.enabled:
             self._placer = Placer(scheduler, settings)
@@ -160,6 +170,8 @@ class ShmSchedulerPlugin(SchedulerPlugin):
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Sweep the pool: the client's process may have died."""
+        if self.reports is not None:
+            self.reports.clients.pop(client, None)
         _sweep()
 
 

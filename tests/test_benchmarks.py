@@ -15,7 +15,7 @@ import pytest
 from conftest import MEMORY
 
 from dask_shm_bridge import mapping
-from dask_shm_bridge.benchmarks import contention, critical, report
+from dask_shm_bridge.benchmarks import contention, critical, growth, report
 from dask_shm_bridge.benchmarks.alternation import Alternation, Measurement
 from dask_shm_bridge.benchmarks.cases import CASES, CaseMethod, MemcpyWay, MismatchError, Way
 from dask_shm_bridge.benchmarks.census import Census
@@ -319,6 +319,31 @@ def test_trends_are_means_of_the_ends_and_the_middle():
         "bytes moved a second": (50.0, 50.0, 50.0),
         "inline share": (0.25, 0.25, 0.25),
     }
+
+
+def test_growth_beside_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def keep(protocol: str, each: int, counted: bool) -> str:
+        samples = [
+            {
+                "seconds": float(i),
+                "processes": {"worker": {"private_bytes": (100 << 20) + i * 50 * each}},
+                **({"operations": i * 50} if counted else {}),
+            }
+            for i in range(11)
+        ]
+        path = tmp_path / f"{protocol}.json"
+        kept = {"command": ["--protocol", protocol], "operations": {"a": 300, "b": 200}}
+        path.write_text(json.dumps({**kept, "samples": samples}))
+        return str(path)
+
+    paths = [keep("shm", 2048, True), keep("tcp", 4096, False)]
+    of_shm, of_tcp = runs = [growth.read(path) for path in paths]
+    assert (of_shm.protocol, of_tcp.protocol) == ("shm", "tcp")
+    assert of_tcp.operations == of_shm.operations
+    assert [round(run.per_operation("worker")) for run in runs] == [2048, 4096]
+    assert endurance([option for path in paths for option in ("--beside", path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in printed if "worker" in line] == ["2.0", "4.0"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -31,6 +32,7 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 from process import values
 
+from dask_shm_bridge import comm as shm
 from dask_shm_bridge import config, counters, mapping, store
 from dask_shm_bridge.errors import PoolError, PoolUnsafeError
 from dask_shm_bridge.exchange import lane, probe, stream
@@ -39,6 +41,15 @@ from dask_shm_bridge.layout import GRAIN_BYTES, grains
 pytestmark = pytest.mark.skipif(not mapping.supported, reason="no shared pool on this platform")
 
 PIECE = 256 * 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """Have each test's collections look at what the tests made, not at all modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -103,20 +114,21 @@ async def connected(handler: Handler = echo, scheme: str = "shm", **kwargs: Any)
         await handler(comm)
 
     listener = await listen(f"{scheme}://127.0.0.1:0", serve, **kwargs)
-    comm: Any = await connect(listener.contact_address, **kwargs)
-    comm.served = served
+    comm: Any = None
     try:
+        comm = await connect(listener.contact_address, **kwargs)
+        comm.served = served
         yield comm
     finally:
-        await comm.close()
+        if comm is not None:
+            await comm.close()
         stopping: Any = listener.stop()
         if stopping is not None:
             await stopping
+        for task in (await asyncio.wait(tasks, timeout=5))[1] if tasks else ():
+            task.cancel()
         for one in served:
             one.abort()
-        _, late = await asyncio.wait(tasks, timeout=5)
-        for task in late:
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -222,6 +234,7 @@ def test_every_piece_fits_into_the_lane(exchange: Path, size: int, piece: str) -
         ("exchange.path", ""),
         ("exchange.path", 7),
         ("exchange.path", "a\0b"),
+        ("exchange.path", "a\ud800b"),
         ("pool.linger", "nan"),
     ],
 )
@@ -285,6 +298,21 @@ def test_a_file_by_o_direct_too(exchange: Path, tmp_path: Path, foreign: bool) -
         one.leave({})
         lane.close_all()
     assert os.listdir(folder) == []
+
+
+def test_a_lane_is_never_longer_than_at_first(exchange: Path) -> None:
+    """A guest that mounts the folder by virtiofs remembers a length, and reads nothing beyond."""
+    one = own()
+    path = exchange / one.name
+    length = path.stat().st_size
+    assert length == 8 * MiB
+    assert path.stat().st_blocks * 512 < MiB
+    offset = one.take(7 * MiB)
+    assert offset is not None
+    one.put(offset, np.ones(7 * MiB, np.uint8))
+    assert path.stat().st_size == length
+    one.give_back(offset)
+    one.leave({})
 
 
 def test_a_lane_that_is_not_the_peers_is_refused(exchange: Path, tmp_path: Path) -> None:
@@ -1079,3 +1107,687 @@ def test_a_message_that_was_read_before_the_peer_ended_is_not_lost(exchange: Pat
     with dask.config.set({"shm-bridge.threshold": "64 KiB"}):
         run(talk(), 20)
     assert seen == [lane.checksum(x).hex()]
+
+
+# ------------------------------------------------------------------ with a pool on either side
+
+
+@pytest.fixture
+def pools(exchange: Path, pool_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Give this process a pool that its comms have not in common."""
+    monkeypatch.setattr(shm.ShmTCP, "_agree_on_pool", lambda *_: False)
+    with dask.config.set(
+        {"shm-bridge.pool.path": str(pool_folder), "shm-bridge.threshold": "64 KiB"}
+    ):
+        yield store.attach
+
+
+def counts(joined: store.Pool) -> tuple[int, int, int]:
+    gc.collect()
+    joined.settle()
+    found = joined.ledger.usage()["counts"]
+    return found["extent"], found["lease"], found["ticket"]
+
+
+def test_what_arrives_lies_in_this_sides_own_pool(exchange: Path, pools: Any) -> None:
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(MiB))
+            x, moved = numbers(3 * MiB + 5), Moved()
+            await comm.write([to_serialize(x)])
+            (y,) = await comm.read()
+            assert (x == y).all()
+            assert y.flags.writeable
+            joined = pools()
+            assert joined.views.holds(y.data)
+            assert moved("received", "file") == 2 * x.nbytes
+            y[:] = 0  # and is nobody else's
+            await sent(comm, numbers(10))
+
+    run(talk())
+    assert counts(pools()) == (0, 0, 0)
+    assert not pools()._reserved
+
+
+def test_a_pool_that_is_full_is_no_error(exchange: Path, pools: Any) -> None:
+    async def talk() -> None:
+        async with connected() as comm:
+            kept = []
+            for seed in range(6):
+                await comm.write([to_serialize(numbers(16 * MiB, seed))])
+                kept.append((await comm.read())[0])
+            for seed, y in enumerate(kept):
+                assert (y == numbers(16 * MiB, seed)).all()
+
+    run(talk())
+    assert counts(pools()) == (0, 0, 0)
+
+
+def test_the_pool_is_not_left_while_something_may_arrive(exchange: Path, pools: Any) -> None:
+    async def talk() -> None:
+        async with connected(silent) as comm:
+            await told(comm, numbers(MiB))
+            joined = pools()
+            await asyncio.sleep(1.0)
+            assert not len(joined.views), "or these would keep it"
+            assert not joined.closed
+            assert pools() is joined
+
+    with dask.config.set({"shm-bridge.pool.linger": "50ms"}):
+        run(talk())
+        assert eventually(lambda: not store.joined())
+
+
+def reserve(joined: store.Pool, nbytes: int) -> Any:
+    found = joined.reserve(nbytes)
+    assert found is not None
+    return found
+
+
+def test_what_is_reserved_keeps_the_pool(exchange: Path, pools: Any) -> None:
+    with dask.config.set({"shm-bridge.pool.linger": 0}):
+        joined = pools()
+        grant, memory = reserve(joined, MiB)
+        time.sleep(0.6)
+        assert not joined.closed
+        memory[:] = 5
+        view = joined.publish(grant)
+        assert bytes(view[:10]) == bytes([5] * 10)
+        assert not joined._reserved
+        del view, memory
+        assert eventually(lambda: joined.closed)
+
+
+def test_a_pool_that_is_left_lends_nobody_what_a_thread_may_still_write(
+    exchange: Path, pools: Any, child: Callable[..., Any]
+) -> None:
+    other = child(
+        """
+        from dask_shm_bridge import store
+        joined = store.attach()
+        grant, memory = joined.reserve(4 << 20)
+        store.detach_all()
+        say()
+        hear()
+        memory[:] = 1  # a read that takes its time
+        assert joined.publish(grant) is None
+        say()
+        """
+    )
+    joined, kept = pools(), []
+    other.hear()
+    while (found := joined.reserve(4 * MiB)) is not None:
+        found[1][:] = 9
+        kept.append(found)
+    assert len(kept) >= 3
+    other.ask()
+    assert all((memory == 9).all() for _, memory in kept)
+    for grant, _ in kept:
+        joined.cede(grant)
+    del kept[:], found
+    other.wait()
+
+
+class Slow:
+    """Holds the threads that read a lane, until `go`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reading, self.go = threading.Event(), threading.Event()
+        get = lane.FarLane.get
+
+        def slow(far: lane.FarLane, target: Any, nbytes: int, *rest: Any) -> bool:
+            if nbytes > GRAIN_BYTES:  # not the probe's
+                self.reading.set()
+                assert self.go.wait(30)
+            return get(far, target, nbytes, *rest)
+
+        monkeypatch.setattr(lane.FarLane, "get", slow)
+
+
+def test_memory_is_given_back_when_no_thread_writes_there_any_more(
+    exchange: Path, pools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+
+    async def talk() -> None:
+        listener = await listen("shm://127.0.0.1:0", echo)
+        comm = await connect(listener.contact_address)
+        await comm.write([to_serialize(numbers(PIECE))])
+        while not slow.reading.is_set():
+            await asyncio.sleep(0.01)
+        comm.abort()
+        stopping: Any = listener.stop()
+        if stopping is not None:
+            await stopping
+
+    joined = pools()
+    asyncio.run(talk())  # which cancels whoever waits for the thread
+    gc.collect()
+    joined.settle()
+    assert joined.ledger.usage()["counts"]["lease"] == 1
+    slow.go.set()
+    assert eventually(lambda: counts(joined) == (0, 0, 0))
+
+
+def test_a_part_is_free_when_no_thread_writes_there_any_more(
+    exchange: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go = threading.Event(), threading.Event()
+    write = lane.DirectFile.write
+
+    def slow(file: Any, source: Any, offset: int) -> None:
+        if source.nbytes == PIECE:
+            writing.set()
+            assert go.wait(30)
+        write(file, source, offset)
+
+    monkeypatch.setattr(lane.DirectFile, "write", slow)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            task = asyncio.ensure_future(comm.write([to_serialize(numbers(PIECE))]))
+            while not writing.is_set():
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            (one,) = lane.lanes()
+            await asyncio.sleep(0.3)
+            assert one.used() == 1
+            go.set()
+
+    with dask.config.set({"shm-bridge.threshold": "64 KiB"}):
+        run(talk())
+
+
+def test_a_file_system_that_hangs(exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # for the writer the rest goes by TCP; for the reader the connection ends: Dask asks again
+    monkeypatch.setattr(stream, "_FILE_S", 0.2)
+    slow = Slow(monkeypatch)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            await comm.write([to_serialize(numbers(PIECE))])
+            with pytest.raises(CommClosedError):
+                await comm.read()
+            slow.go.set()
+
+    with dask.config.set({"shm-bridge.threshold": "64 KiB"}):
+        run(talk(), 20)
+
+
+# ---------------------------------------------------------------------------------- agreement
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tls_exchanges_files_only_where_that_is_allowed(
+    exchange: Path, allowed: bool, tmp_path: Path
+) -> None:
+    # their bytes are not encrypted, and there need not be a pool to say so
+    pytest.importorskip("cryptography", reason="makes the certificates")
+    from distributed.security import Security
+
+    security = Security.temporary()
+    x, moved = numbers(MiB), Moved()
+
+    async def talk() -> None:
+        tasks: list[Any] = []
+
+        async def serve(comm: Any) -> None:
+            tasks.append(asyncio.current_task())
+            await echo(comm)
+
+        listener = await listen(
+            "shm+tls://127.0.0.1:0", serve, **security.get_listen_args("scheduler")
+        )
+        comm: Any = await connect(
+            listener.contact_address, **security.get_connection_args("client")
+        )
+        await sent(comm, x)
+        assert comm.mode == ("file" if allowed else "tcp")
+        await comm.close()
+        stopping: Any = listener.stop()
+        if stopping is not None:
+            await stopping
+        await asyncio.gather(*tasks)
+
+    with dask.config.set({"shm-bridge.tls": allowed}):
+        run(talk())
+    assert (moved("sent", "file") >= 2 * MiB) is allowed
+    assert allowed or not list(lane.lanes())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exchange": None},
+        {"exchange": {}},
+        {"exchange": {"lane": "lane-x", "token": b"x" * 16}},
+        {"exchange": {"lane": "../../etc/passwd", "token": b"x" * 16}},
+        {"exchange": {"lane": f"lane-{'0' * 12}-{'0' * 16}", "token": b"x" * 15}},
+        {"exchange": {"lane": f"lane-{'0' * 12}-{'0' * 16}", "token": "x" * 16}},
+        {"kernel": "x" * 12},
+        {"kernel": None},
+        {"kernel": np.arange(3)},
+        {"version": np.arange(3)},
+        {"version": True},
+        {"version": 2},
+        None,
+    ],
+)
+def test_a_handshake_that_offers_no_exchange_of_ours(exchange: Path, changes: Any) -> None:
+    async def talk() -> None:
+        async with connected() as comm:
+            ours = comm.handshake_info()[shm.KEY]
+            assert comm._file is not None
+            theirs = changes if changes is None else {**ours, **changes}
+            assert comm._agree(ours, theirs) is False
+            assert comm._file is None
+            await asyncio.sleep(0)
+
+    run(talk())
+
+
+def test_a_peer_of_an_older_version(exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = shm.ShmTCP.handshake_info
+
+    def old(comm: Any) -> Any:
+        found = info(comm)
+        found[shm.KEY].pop("exchange", None)
+        found[shm.KEY].pop("kernel", None)
+        return found
+
+    monkeypatch.setattr(shm.ShmTCP, "handshake_info", old)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            moved = Moved()
+            await sent(comm, numbers(MiB))
+            assert comm.mode == "tcp"
+            assert moved("sent", "file") == 0
+            assert moved.fallbacks
+
+    run(talk())
+
+
+def test_a_connection_that_does_not_wait_for_its_lane_does_not_keep_it(
+    exchange: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making, go, made = threading.Event(), threading.Event(), threading.Event()
+    prepare = lane._prepare
+
+    def slow(settings: Any) -> None:
+        making.set()
+        assert go.wait(30)
+        prepare(settings)
+        made.set()
+
+    monkeypatch.setattr(lane, "_prepare", slow)
+
+    async def talk() -> None:
+        async with connected():
+            pass
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(talk())
+        while not making.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go.set()
+        while not made.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+
+    with dask.config.set({"shm-bridge.pool.linger": 0}):
+        run(cancelled())
+        assert eventually(lambda: not list(lane.lanes()))
+
+
+# ---------------------------------------------------------------------------------- the probe
+
+
+def test_another_folder(exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(self: Any, settings: Any, name: str, token: bytes) -> None:
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(lane.FarLane, "__init__", elsewhere)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            moved = Moved()
+            await sent(comm, numbers(MiB))
+            await sent(comm, numbers(MiB, 1))
+            assert comm.mode == "tcp"
+            assert moved("sent", "file") == 0
+            assert {*moved.fallbacks} == {"no-common-pool"}
+            (verdict,) = probe.verdicts().values()
+            assert "same folder" in verdict["why"]
+
+    run(talk())
+
+
+def test_a_reader_that_sees_what_was_there_before(
+    exchange: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a page cache of its own: the first look at a page is right, the second is not
+    seen: dict[int, bytes] = {}
+    read = lane.DirectFile.read
+
+    def cached(file: Any, target: Any, offset: int) -> int:
+        count = read(file, target, offset)
+        old = seen.setdefault(offset, bytes(target[:GRAIN_BYTES]))
+        target[: len(old)] = np.frombuffer(old, "u1")[: target.nbytes]
+        return int(count)
+
+    monkeypatch.setattr(lane.DirectFile, "read", cached)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            moved = Moved()
+            await sent(comm, numbers(MiB))
+            assert moved("sent", "file") == 0
+            (verdict,) = probe.verdicts().values()
+            assert "anew" in verdict["why"]
+
+    run(talk())
+
+
+@pytest.mark.parametrize("mode", ["auto", "file"])
+def test_a_peer_that_does_not_answer(
+    exchange: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_BOUND_S", {"auto": 0.3, "file": 0.3})
+    heard = stream.FarStream._hear_question
+
+    async def mute(self: Any, stream: Any, op: str, *words: Any) -> None:
+        if op != "try":
+            await heard(self, stream, op, *words)
+
+    monkeypatch.setattr(stream.FarStream, "_hear_question", mute)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            moved = Moved()
+            await sent(comm, numbers(MiB))
+            assert moved("sent", "file") == 0
+            (verdict,) = probe.verdicts().values()
+            assert "no answer" in verdict["why"]
+            (one,) = lane.lanes()
+            assert one.used() == 0
+
+    with dask.config.set({"shm-bridge.exchange.mode": mode}):
+        run(talk())
+
+
+@pytest.mark.parametrize("answer", [[], [True], [True, None, 1], [1, True], ["a", "b"], [[], {}]])
+def test_a_peer_that_answers_something_else(
+    exchange: Path, answer: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def odd(self: Any, stream: Any, op: str, number: Any, *words: Any) -> None:
+        self.say("reply", number, *answer)
+
+    monkeypatch.setattr(stream.FarStream, "_hear_question", odd)
+
+    async def talk() -> None:
+        async with connected() as comm:
+            moved = Moved()
+            await sent(comm, numbers(MiB))
+            assert moved("sent", "file") == 0
+            assert comm.mode == "tcp"
+
+    run(talk())
+
+
+@pytest.mark.parametrize(("file", "tcp"), [(1e9, 2e9), (2.1e9, 2e9), (3e9, 2e9)])
+def test_the_faster_way_is_taken(
+    exchange: Path, file: float, tcp: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def rate(self: Any, way: Any) -> float:
+        await way(probe._noise(GRAIN_BYTES))
+        return file if way == self._by_file else tcp
+
+    monkeypatch.setattr(probe._Test, "_rate", rate)
+    expected = "file" if file > 1.1 * tcp else "tcp"
+
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(MiB))
+            moved = Moved()
+            await sent(comm, numbers(MiB))
+            assert comm.mode == comm.served[0].mode == expected
+            assert (moved("sent", "file") >= 2 * MiB) == (expected == "file")
+            (verdict,) = probe.verdicts().values()
+            assert verdict["file_bytes_per_second"] == file
+            assert verdict["tcp_bytes_per_second"] == tcp
+
+    with dask.config.set({"shm-bridge.exchange.mode": "auto"}):
+        run(talk())
+
+
+def test_rates_are_measured(exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_BOUND_S", {"auto": 30.0, "file": 30.0})
+
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(MiB))
+            (verdict,) = probe.verdicts().values()
+            assert verdict["file_bytes_per_second"] > 0
+            assert verdict["tcp_bytes_per_second"] > 0
+            assert verdict["mode"] == comm.mode
+
+    with dask.config.set({"shm-bridge.exchange.mode": "auto"}):
+        run(talk())
+
+
+def test_a_verdict_expires(exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[str] = []
+    whole = probe.probe
+
+    async def counted(one: Any) -> Any:
+        probed.append(one.peer.kernel)
+        return await whole(one)
+
+    monkeypatch.setattr(probe, "probe", counted)
+
+    async def talk() -> None:
+        async with connected() as comm, connected() as other:
+            for one in (comm, other, comm):
+                await sent(one, numbers(MiB))
+            assert len(probed) == 1
+            (key,) = probe._verdicts
+            probe._verdicts[key] = dataclasses.replace(probe._verdicts[key], until=0.0)
+            await sent(other, numbers(MiB))
+            assert len(probed) == 2
+
+    run(talk())
+
+
+@pytest.mark.parametrize("mode", ["auto", "file"])
+def test_connections_that_begin_at_once_probe_once(
+    exchange: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[Any] = []
+    whole = probe.probe
+
+    async def counted(one: Any) -> Any:
+        probed.append(one)
+        return await whole(one)
+
+    monkeypatch.setattr(probe, "probe", counted)
+
+    async def talk() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            comms = [await stack.enter_async_context(connected()) for _ in range(4)]
+            await asyncio.gather(*(sent(comm, numbers(MiB, n)) for n, comm in enumerate(comms)))
+            assert len(probed) == 1
+
+    with dask.config.set({"shm-bridge.exchange.mode": mode}):
+        run(talk())
+
+
+def test_mode_tcp_has_no_lane(exchange: Path) -> None:
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(MiB))
+            assert comm.mode == "tcp"
+            assert not list(lane.lanes())
+
+    with dask.config.set({"shm-bridge.exchange.mode": "tcp"}):
+        run(talk())
+
+
+def test_two_loops_of_one_process(exchange: Path) -> None:
+    # a client in a thread and a LocalCluster: one lane, and verdicts of both
+    async def talk(seed: int) -> None:
+        async with connected() as comm:
+            for n in range(5):
+                await sent(comm, numbers(MiB + n, seed + n))
+
+    errors: list[BaseException] = []
+
+    def loop(seed: int) -> None:
+        try:
+            run(talk(seed))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=loop, args=(10 * n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+
+
+# ------------------------------------------------------------- a stream that is upgraded
+
+
+def test_nothing_is_read_while_dasks_own_read_is_pending(exchange: Path) -> None:
+    # what is sent between the two empty messages of an upgrade must not read the stream
+    from distributed.comm.tcp import TCP
+
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(10))
+            assert comm._file.ready
+            served = comm.served[0]
+            comm._file._begun = False
+            pending = asyncio.ensure_future(TCP.read(comm))
+            await asyncio.sleep(0)
+            moved = Moved()
+            await comm.write([to_serialize(numbers(MiB))])
+            assert moved("sent", "file") == 0
+            assert not comm.closed()
+            assert not served.closed()
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await pending
+
+    run(talk())
+
+
+def test_a_process_that_ends_goes_on_sending(exchange: Path) -> None:
+    # Dask closes its clients at exit, after this package has left its lanes
+    async def talk() -> None:
+        async with connected() as comm:
+            await sent(comm, numbers(MiB))
+            lane.close_all()
+            moved = Moved()
+            await sent(comm, numbers(MiB, 1))
+            assert moved("sent", "file") == 0
+            assert moved("received", "inline") >= 2 * MiB
+
+    run(talk())
+
+
+def test_a_lane_that_is_left_in_the_middle_of_a_message(
+    exchange: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, sent_pieces = lane.Lane.put, []
+
+    def counted(one: lane.Lane, offset: int, source: Any) -> bytes:
+        sent_pieces.append(source.nbytes)
+        if sent_pieces.count(PIECE) == 2:
+            threading.Thread(target=lane.close_all).start()
+            while not one.closed:
+                time.sleep(0.001)
+        return put(one, offset, source)
+
+    monkeypatch.setattr(lane.Lane, "put", counted)
+
+    async def receive(comm: Any) -> None:
+        with contextlib.suppress(CommClosedError):
+            (x,) = await comm.read()
+            received.append(lane.checksum(x))
+
+    received: list[bytes] = []
+    x = numbers(5 * PIECE, 1)
+
+    async def talk() -> None:
+        async with connected(receive) as comm:
+            with contextlib.suppress(CommClosedError):
+                await comm.write([to_serialize(x)])
+
+    with dask.config.set({"shm-bridge.threshold": "64 KiB"}):
+        run(talk())
+    assert received in ([], [lane.checksum(x)])  # the reader is of this process, too
+
+
+def test_a_comm_that_has_ended_keeps_nothing_of_what_was_under_way(
+    exchange: Path, pools: Any
+) -> None:
+    # Dask keeps comms that have ended, for a while or for ever
+    kept: list[Any] = []
+
+    async def halfway(comm: Any) -> None:
+        await comm.read()
+        kept.append(comm)
+        await asyncio.wait_for(comm._file.turn(5.0), 5)  # the message, not its pieces
+        assert comm._file._inbox[0].missing
+        comm.abort()
+
+    async def talk() -> None:
+        async with connected(halfway) as comm:
+            await comm.write([0])
+            with contextlib.suppress(CommClosedError):
+                for _ in range(3):
+                    await comm.write([to_serialize(numbers(PIECE * 3))])
+
+    run(talk())
+    assert counts(pools()) == (0, 0, 0)
+    assert len(kept) == 1
+
+
+def test_a_read_goes_on_where_the_exchange_ends_and_the_stream_does_not(exchange: Path) -> None:
+    # so it is where an upgrade finds a pool in common, or is refused, while Dask reads
+    async def answer(comm: Any) -> None:
+        with contextlib.suppress(CommClosedError):
+            assert list(await comm.read()) == [0]
+            comm._file.demote("of no use to a peer that has left it")
+            await comm.write([1, to_serialize(numbers(MiB))])
+            await comm.read()
+
+    async def talk() -> None:
+        async with connected(answer) as comm:
+            reading = asyncio.ensure_future(comm.read())
+            await asyncio.sleep(0)
+            comm._end_exchange()
+            await comm.write([0])
+            one, x = await asyncio.wait_for(reading, 10)
+            assert one == 1
+            assert (x == numbers(MiB)).all()
+
+    run(talk())
+
+
+def test_where_there_is_no_direct_way_a_foreign_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dask_shm_bridge.mapping.direct import DirectFile
+
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    with pytest.raises(OSError, match="another kernel"):
+        DirectFile(str(tmp_path / "lane"), foreign=True, create=True)
+    assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 import dask_shm_bridge
-from dask_shm_bridge import config, errors, layout
+from dask_shm_bridge import cli, config, errors, layout
 from dask_shm_bridge.cli import shm
 
 PACKAGE = Path(dask_shm_bridge.__file__).parent
@@ -141,14 +144,43 @@ def test_the_command_imports_click_alone(python) -> None:
     assert not [name for name in new if name.startswith(heavy)]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["demo", "--help"], ["bench", "--help"], ["check", "--help"], ["sweep", "--help"]],
-)
-def test_help(arguments: list[str]) -> None:
-    result = CliRunner().invoke(shm, arguments)
+def test_help() -> None:
+    result = CliRunner().invoke(shm, ["--help"])
     assert result.exit_code == 0, result.output
-    assert "Usage" in result.output
+    for name in cli._COMMANDS:
+        assert f"\n  {name} " in result.output
+        of_command = CliRunner().invoke(shm, [name, "-h"])
+        assert of_command.exit_code == 0 and "Options:" in of_command.output, of_command.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("dask shm s", {"status", "sweep"}),
+        ("dask shm status --w", {"--watch"}),
+        ("dask shm probe --expect ", {"file", "shared", "tcp"}),
+    ],
+)
+def test_shells_complete(words: str, expected: set[str]) -> None:
+    count = len(words.split(" ")) - 1
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import dask.cli, sys; sys.argv = ['dask']; dask.cli.run_cli()",
+        ],
+        env={
+            **os.environ,
+            "_DASK_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(count),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = {line.partition(",")[2] for line in done.stdout.split()}
+    assert found == expected, done.stderr
 
 
 def test_figures_of_a_process_without_a_pool(python) -> None:

@@ -20,6 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dask_shm_bridge.benchmarks import growth
 from dask_shm_bridge.benchmarks.census import Census, Trend, moved_bytes, remaining
 from dask_shm_bridge.benchmarks.cluster import ProcessCluster
 from dask_shm_bridge.benchmarks.command import quieten
@@ -38,6 +39,13 @@ GB = 1e9
 @click.option("--threads", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="All samples.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="A PNG picture.")
+@click.option(
+    "--beside",
+    "earlier",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Run nothing: compare the private memory of runs that were kept with --json.",
+)
 @click.pass_context
 def endurance(
     ctx: click.Context,
@@ -48,12 +56,19 @@ def endurance(
     threads: int,
     json_path: str | None,
     plot_path: str | None,
+    earlier: tuple[str, ...],
 ) -> None:
     """Move arrays for a long time and see what grows.
 
     Exits with 1 if a result was wrong, an operation failed, or the ledger is not empty after.
     """
     console = Console()
+    if earlier:
+        runs = [growth.read(path) for path in earlier]
+        console.print(growth.table(runs))
+        if plot_path:
+            growth.draw(plot_path, runs)
+        return
     quieten()
     window = min(300.0, seconds / 10)
     with ProcessCluster(protocol, workers, default=True) as cluster:
@@ -102,6 +117,7 @@ def _watch(
     told = started
     while not mixture.errors:
         sample = census.take()
+        sample["operations"] = mixture.done.total()
         now = time.monotonic()
         if now - started >= seconds:
             return

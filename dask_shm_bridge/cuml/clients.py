@@ -46,8 +46,8 @@ def options(client: Any = None, timeout: float | str | None = None) -> Iterator[
     client : distributed.Client, optional
         Instead of the current one.
     timeout : float or str, optional
-        Seconds, or a text such as ``"5 min"``, for each call. Past it the remote task is cancelled
-        and the call raises TimeoutError.
+        Seconds, or a text such as ``"5 minutes"``, for each call. Past it the remote task is
+        cancelled and the call raises TimeoutError.
     """
     from dask.utils import parse_timedelta
 

@@ -158,6 +158,11 @@ class Lane:
             self._file = DirectFile(
                 os.path.join(self.folder, self.name), foreign=self.foreign, create=True
             )
+            if not self.foreign:
+                # virtiofs remembers how long our file was, and reads nothing beyond that. Where
+                # there are no sparse files, it grows, and what is not found goes by TCP.
+                with contextlib.suppress(OSError):
+                    mapping.extend(self._file.fileno(), settings.size_bytes)
             first = aligned(ALIGNMENT)
             first[:] = 0
             data = _header(self.token)

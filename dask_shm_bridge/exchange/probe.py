@@ -100,7 +100,9 @@ def failed(settings: ExchangeSettings, kernel: str, why: str) -> None:
 
 async def by_file(stream: FarStream) -> bool:
     """Say whether large frames go by file on a connection; probes if nobody has yet."""
-    if stream.settings.mode == "tcp" or not stream.ready or stream.demoted is not None:
+    if stream.settings.mode == "tcp" or not stream.ready:
+        return False
+    if stream.demoted is not None or stream.lane.closed:
         return False
     assert stream.peer is not None
     key = str(stream.settings.path), stream.peer.kernel

@@ -187,6 +187,9 @@ class FarStream:
         """Give back what the peer has not read, some time soon, and let go of its lane."""
         self.end()
         self._far = self._looked = None
+        if self._comm.stream is None:  # else a read that has begun goes on
+            self._inbox.clear()
+            self._awaited.clear()
 
     # ------------------------------------------------------------------------------ writing
 
@@ -214,13 +217,14 @@ class FarStream:
         done = 0
         while done < source.nbytes:
             part = source[done : done + self.settings.piece_bytes]
-            offset = None if self.demoted else self.lane.take(part.nbytes)
+            over = "demoted" if self.demoted else "lane-left" if self.lane.closed else None
+            offset = None if over else self.lane.take(part.nbytes)
             if offset is not None:
                 if await self._send_piece(part, offset):
                     done += part.nbytes
                     self._since = time.monotonic()
-            elif self.demoted or time.monotonic() - self._since > _PATIENCE_S:
-                counters.fallback("lane-full" if self.demoted is None else "demoted")
+            elif over or time.monotonic() - self._since > _PATIENCE_S:
+                counters.fallback(over or "lane-full")
                 self.say("plain", source.nbytes - done, raw=source[done:])
                 counters.count("sent", "inline", source.nbytes - done)
                 return
@@ -228,7 +232,10 @@ class FarStream:
                 await self.turn(_LOOK_S)
 
     async def _send_piece(self, part: npt.NDArray[np.uint8], offset: int) -> bool:
-        job = self.put(offset, part)
+        try:
+            job = self.put(offset, part)
+        except CommClosedError:  # at the end of the process, which goes on sending for a while
+            return False
         try:
             found = await asyncio.wait_for(asyncio.wrap_future(job), _FILE_S)
         except BaseException as error:
@@ -377,7 +384,8 @@ class FarStream:
                 raise ValueError(f"the message's frame {place!r:.100} can't be replaced")
         if others:
             await self._comm._resolve(stream, frames, others)
-        self._inbox.append(assembly)
+        if self._comm.stream is not None:
+            self._inbox.append(assembly)
 
     async def _hear(self, stream: IOStream, op: str, *words: Any) -> None:
         if op == "piece":

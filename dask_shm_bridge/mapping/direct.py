@@ -8,6 +8,7 @@ other side, a *foreign* one, reads and writes by O_DIRECT, and never maps (docs/
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import mmap
 import os
@@ -85,6 +86,8 @@ class DirectFile:
         self.foreign = foreign
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL if create else os.O_RDONLY
         if foreign:
+            if not hasattr(os, "O_DIRECT"):  # on Windows a drive of another host's
+                raise OSError(errno.ENOTSUP, "files of another kernel can't be used here", path)
             flags |= os.O_DIRECT
         self._turn = threading.Lock()  # where there is one position for all
         self._fd = opened(path, flags)
@@ -93,6 +96,10 @@ class DirectFile:
         except BaseException:
             self.close()
             raise
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._fd
 
     def read(self, target: npt.NDArray[np.uint8], offset: int) -> int:
         """Fill `target` from `offset` on; return how many bytes there were.

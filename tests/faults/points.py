@@ -67,6 +67,7 @@ STOCK = {
 WHENS = ("before", "after")
 ACTIONS = ("kill", "stop", "cancel", "cut")
 FOLDER = "FAULTS_FOLDER"
+OVER = "over"  # a file in that folder: what is armed and was not met is met no more
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,8 @@ def _look(folder: str) -> None:
 
 
 def _act(fault: Fault) -> None:
+    if _folder is not None and os.path.exists(f"{_folder}/{OVER}"):
+        return
     message = {"hit": asdict(fault), "pid": os.getpid(), "role": role()}
     if fault.action == "kill":
         _report(message)

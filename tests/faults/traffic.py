@@ -213,6 +213,25 @@ def end_if_broken(client: Client) -> None:
             os._exit(4)
 
 
+def never_run(dask_scheduler: Any = None) -> list[str]:
+    """Return the tasks that Dask's scheduler forgets though they may run on any of its workers.
+
+    One of `somewhere` that came while there was no worker stays in ``no-worker`` for ever
+    (docs/reliability.md).
+    """
+    if not dask_scheduler.running:
+        return []
+    return [str(task.key) for task in dask_scheduler.unrunnable if task.loose_restrictions]
+
+
+def end_if_forgotten(client: Client) -> None:
+    """End this process where what it waits for is a task of `never_run`."""
+    ours = set(client.run_on_scheduler(never_run)) & {str(key) for key in client.futures}
+    if ours:
+        tell(dasks=f"no-worker, with loose restrictions: {sorted(ours)}")
+        os._exit(4)
+
+
 def watch(client: Client) -> None:
     """Report what takes longer than a minute, once."""
     said: set[tuple[int, float]] = set()
@@ -222,6 +241,7 @@ def watch(client: Client) -> None:
         for number, (way, since) in list(_busy.items()):
             if time.monotonic() - since > HANG_S and (number, since) not in said:
                 said.add((number, since))
+                end_if_forgotten(client)
                 faulthandler.dump_traceback(all_threads=True)
                 tell(way=way, hang=True)
 

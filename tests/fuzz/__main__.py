@@ -21,6 +21,8 @@ import dask
 ENTRIES = {
     "frames": "messages.frames",
     "handshake": "messages.handshake",
+    "control-items": "exchange.control_items",
+    "exchange-handshake": "exchange.exchange_handshake",
     "pool-header": "headers.pool_header",
     "family-header": "headers.family_header",
     "device-header": "headers.device_header",

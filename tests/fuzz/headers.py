@@ -16,7 +16,7 @@ import dask
 import numpy as np
 from distributed.protocol.serialize import Serialized
 
-from dask_shm_bridge import config, family
+from dask_shm_bridge import config, family, location
 from dask_shm_bridge.cuda import arrays
 from dask_shm_bridge.errors import HeaderError, PoolError
 from dask_shm_bridge.layout import HEADER_SIZE, REGION_NAMES, Header, Layout
@@ -198,6 +198,7 @@ def _through_dask(header: Any, frames: list[Any]) -> Any:
 
 _KEYS = ("threshold", "hold-limit", "copy-threads", "tls", "ledger-timeout", "pool.linger")
 _KEYS += ("pool.path", "pool.size", "pool.slot-size", "pool.regions")
+_EXCHANGE = ("exchange.path", "exchange.mode", "exchange.size", "exchange.piece")
 _PLACEMENT = ("placement.enabled", "placement.modules", "placement.no-gpu")
 _WORDS = (
     "4 GiB",
@@ -228,12 +229,14 @@ def settings() -> Iterator[Case]:
         return value(rng, 2)
 
     def case(rng: Random) -> str:
-        keys = (*_KEYS, *_PLACEMENT)
+        keys = (*_KEYS, *_EXCHANGE, *_PLACEMENT)
         changes = {
             f"shm-bridge.{rng.choice(keys)}": any_value(rng) for _ in range(rng.randrange(1, 4))
         }
         if not rng.randrange(10):  # not beside others: Dask can't take those back then
-            changes = {f"shm-bridge.{rng.choice(('pool', 'placement'))}": any_value(rng)}
+            changes = {
+                f"shm-bridge.{rng.choice(('pool', 'exchange', 'placement'))}": any_value(rng)
+            }
         outcome = "read"
         with dask.config.set(changes), on(watch):
             try:
@@ -244,6 +247,14 @@ def settings() -> Iterator[Case]:
             else:
                 _usable(found)
             try:
+                exchange = config.ExchangeSettings.from_config()
+            except PoolError as error:
+                assert "shm-bridge." in str(error), error
+            else:
+                assert exchange.path is None or os.path.isabs(exchange.path)
+                assert exchange.mode in config.EXCHANGE_MODES
+                assert 0 < exchange.piece_bytes < exchange.size_bytes
+            try:
                 placement = config.PlacementSettings.from_config()
             except PoolError as error:
                 assert "shm-bridge." in str(error), error
@@ -252,7 +263,8 @@ def settings() -> Iterator[Case]:
         return outcome
 
     config.get("threshold")  # the file of the defaults is read once
-    with watching() as watch:
+    location.foreign("/")  # and what says which file systems there are, loaded
+    with watching("/") as watch:  # it is looked where each of these folders lies
         yield case
 
 

@@ -243,7 +243,8 @@ def ledger_pages() -> Iterator[Case]:
         try:
             yield case
         finally:
-            for fd in (lock, null, copy):
+            copy.close()
+            for fd in (lock, null):
                 os.close(fd)
 
 

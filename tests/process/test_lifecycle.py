@@ -369,6 +369,7 @@ def test_everything_is_suspended(
 
 
 @pytest.mark.slow
+@pytest.mark.idle
 @pytest.mark.timeout(600)
 def test_everything_is_suspended_for_two_minutes(
     client: Client, deployment: Deployment, pool_config: dict[str, Any]
