@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from conftest import CLOEXEC, MEMORY, descriptors, posix, remove
+from conftest import CLOEXEC, MEMORY, WINDOWS, descriptors, posix, remove
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     Bundle,
@@ -499,7 +499,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=15 if WINDOWS else 60,  # slow under Wine
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

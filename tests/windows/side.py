@@ -239,6 +239,48 @@ def estimators(shm: str) -> None:
         )
 
 
+def member(nbytes: int) -> None:
+    """Hold a view of an extent until the standard input ends."""
+    from dask_shm_bridge import store
+    from dask_shm_bridge.shipment import Frame
+
+    joined = store.attach()
+    connection = joined.connect()
+    assert connection is not None
+    data = np.arange(nbytes // 8)
+    joined.ship(connection, [Frame(0, 1, memoryview(data).cast("B"), nbytes)], "input")
+    (view,) = joined.receive(connection, [1]).buffers
+    say(members=len(joined.ledger.members()), right=bytes(view) == data.tobytes())
+    sys.stdin.read()
+    del view
+    gc.collect()
+    joined.disconnect(connection)
+    joined.settle()
+    store.detach_all()
+
+
+def look(sweeping: bool) -> None:
+    """Look at the pool from outside, as `dask shm check` and `dask shm sweep` do."""
+    from dask_shm_bridge.config import Settings
+    from dask_shm_bridge.recovery.survey import survey
+    from dask_shm_bridge.recovery.sweeping import sweep
+
+    path = Settings.from_config().path
+    gone: list[str] = []
+    if sweeping:
+        swept = sweep(path, 5.0)
+        gone, seen = [*swept.members, *swept.pools], swept.after
+        assert not swept.refused, swept.refused
+    else:
+        seen = survey(path, 5.0)
+    say(
+        alive=sorted(str(each.alive) for pool in seen.pools for each in pool.members),
+        held=sum(each.held_bytes for pool in seen.pools for each in pool.members),
+        found=[found.kind for found in seen.all_findings()],
+        gone=len(gone),
+    )
+
+
 def main(part: str, options: str) -> None:
     """Run a part with options in JSON."""
     quiet = {
@@ -247,8 +289,10 @@ def main(part: str, options: str) -> None:
         "distributed.admin.large-graph-warning-threshold": "1 TiB",
     }
     with dask.config.set(quiet):
-        {f.__name__: f for f in (cluster, matrix, moves, estimators)}[part](**json.loads(options))
+        {f.__name__: f for f in PARTS}[part](**json.loads(options))
 
+
+PARTS = (cluster, matrix, moves, estimators, member, look)
 
 if __name__ == "__main__":
     from tests.windows import side  # so that its functions are pickled by their names

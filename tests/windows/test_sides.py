@@ -148,6 +148,45 @@ def test_windows_processes_share_a_pool(linux_pool: Path) -> None:
     assert found["left"] == {"leases": 0, "tickets": 0}
 
 
+def test_a_windows_process_that_is_killed(linux_pool: Path) -> None:
+    """It is seen to be dead, and what it held is had again; who joins then looks at the ledger."""
+    with contextlib.ExitStack() as stack:
+
+        def start(part: str, **options: Any) -> Side:
+            side = Side("win32", part, linux_pool, **options)
+            stack.callback(side.close)
+            return side
+
+        def look(**options: Any) -> dict[str, Any]:
+            side = start("look", **options)
+            found = side.hear()
+            side.end()
+            return found
+
+        one = start("member", nbytes=MiB)
+        assert one.hear() == {"members": 1, "right": True}
+        two = start("member", nbytes=MiB)
+        assert two.hear() == {"members": 2, "right": True}
+        held = {"alive": ["True", "True"], "held": 2 * MiB, "found": [], "gone": 0}
+        assert look(sweeping=False) == held
+        two.process.kill()
+        two.process.wait()
+        seen = look(sweeping=False)
+        assert seen["alive"] == ["False", "True"]
+        assert seen["found"] == ["dead"]
+        three = start("member", nbytes=MiB)  # which sweeps
+        assert three.hear() == {"members": 2, "right": True}
+        assert look(sweeping=False) == held
+        three.process.kill()
+        three.process.wait()
+        swept = {"alive": ["True"], "held": MiB, "found": [], "gone": 1}
+        assert look(sweeping=True) == swept
+        one.process.kill()
+        one.process.wait()
+        # nobody is left: all of it goes
+        assert look(sweeping=True) == {"alive": [], "held": 0, "found": [], "gone": 1}
+
+
 @pytest.mark.parametrize(("here", "there"), [("win32", "linux"), ("linux", "win32")])
 def test_windows_and_linux_agree_on_tcp(linux_pool: Path, here: str, there: str) -> None:
     found = talk(here, there, "matrix", linux_pool, {"protocols": ["shm", "tcp"]})
