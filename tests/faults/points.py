@@ -40,7 +40,7 @@ POINTS = {
     "ship": "dask_shm_bridge.ledger:Ledger.ship",
     "allocate": "dask_shm_bridge.ledger:Ledger._allocate",
     "ticket": "dask_shm_bridge.ledger:_ticket",
-    "commit": "dask_shm_bridge.store:Pool.commit",
+    "commit": "dask_shm_bridge.store:Pool._commit",
     "copy": "dask_shm_bridge.copying:Copier.copy",
     "send": "dask_shm_bridge.comm:ShmTCP._send",
     "send-pieces": "dask_shm_bridge.comm:ShmTCP._write_in_pieces",

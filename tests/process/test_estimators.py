@@ -387,12 +387,19 @@ def test_timeout(client: Client, data: Any) -> None:
 
 
 def test_interrupt(client: Client, data: Any) -> None:
+    def interrupt() -> None:
+        deadline = time.monotonic() + 30
+        while not any(client.processing().values()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)  # by now the call waits for its result
+        os.kill(os.getpid(), signal.SIGINT)
+
     remote = odd(seconds=3.0)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    interrupter = threading.Thread(target=interrupt)
     with pytest.raises(KeyboardInterrupt):
+        interrupter.start()
         remote.fit(data[0])
-    timer.join()
+    interrupter.join()
     assert no_key_left(client)
     assert logistic().fit(*data).score(*data) > 0.9
 
