@@ -501,6 +501,7 @@ else:
 )
 
 
+@posix
 def test_a_user_without_rights_is_told_whose_folder_it_is(root, settings, pool_folder, child):
     """The system says only that permission is denied: not to whom the folder belongs."""
     other = child(AS_NOBODY)
@@ -1125,6 +1126,7 @@ os.waitpid(pid, 0)
                 os.kill(pid, signal.SIGKILL)
 
 
+@posix
 def test_multiprocessing_forks(settings, child):
     with attached(settings) as one:
         other = child(

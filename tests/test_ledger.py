@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import random
+import secrets
 import shutil
 import signal
 import threading
@@ -90,7 +91,7 @@ def arguments(ledger, folder, timeout_s=2.0):
 @pytest.fixture
 def folder(tmp_path):
     """A folder of memory, as pools lie in."""
-    path = MEMORY / f"ledger-{os.getpid()}-{tmp_path.name}-{random.getrandbits(32):x}"
+    path = MEMORY / f"ledger-{os.getpid()}-{tmp_path.name}-{secrets.token_hex(4)}"
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
@@ -216,7 +217,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = MEMORY / f"ledger-{os.getpid()}-{random.getrandbits(64):x}"
+        self.folder = MEMORY / f"ledger-{os.getpid()}-{secrets.token_hex(8)}"
         self.context = new_ledger(self.folder)
         self.ledger = self.context.__enter__()
         self.model = Model(LAYOUT)

@@ -92,7 +92,7 @@ def test_the_store_unpickles_nothing(
         pickle.loads(pickle.dumps(store.Pool))
         assert "dask_shm_bridge.store.Pool" in looked_up  # so we would see it
         looked_up.clear()
-        path = pool.Settings.from_config().path
+        path = store.Settings.from_config().path
         survey(path, 5.0)
         sweep(path, 5.0)
         joined = store.attach()

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import random
+import secrets
 import sys
 import threading
 import time
@@ -476,7 +477,7 @@ class Store:
     """Views and a ledger without a keeper: what the keeper does happens in `pump`."""
 
     def __init__(self, layout):
-        self.path = MEMORY / f"views-{os.getpid()}-{random.getrandbits(64):x}"
+        self.path = MEMORY / f"views-{os.getpid()}-{secrets.token_hex(8)}"
         self.path.mkdir(mode=0o700)
         self.base = mapping.Directory(str(self.path))
         self.file = self.base.open_file("pool", exclusive=True)
