@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
-from tests.windows import build, wine
+from tests.windows import build
 
 ASKED = "SHM_BRIDGE_TEST_WINDOWS"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def windows() -> Iterator[None]:
+def windows() -> None:
     """Skip where there is no Windows Python, or nobody asked for its tests."""
     if not os.environ.get(ASKED):
         pytest.skip("needs a Windows Python: `make test-windows` makes one and runs this")
     assert build.is_made(), "make test-windows makes a Windows Python first"
-    yield
-    wine.stop_server()

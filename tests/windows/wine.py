@@ -60,6 +60,11 @@ def popen(
     )
 
 
+def quiet(data: bytes) -> bytes:
+    """Return what a process said, without what Wine says itself."""
+    return re.sub(_NOISE, b"", data)
+
+
 def stream(line: Sequence[str], *, extra: Mapping[str, str] | None = None) -> int:
     """Run the Windows Python, its output going where ours goes; return its exit status."""
     with popen(line, extra=extra) as process:
@@ -67,7 +72,7 @@ def stream(line: Sequence[str], *, extra: Mapping[str, str] | None = None) -> in
         assert process.stdout is not None
         process.stdin.close()
         while data := process.stdout.read1(65536):
-            os.write(1, re.sub(_NOISE, b"", data))
+            os.write(1, quiet(data))
     return process.returncode
 
 
