@@ -665,7 +665,7 @@ def test_a_container_on_wsls_kernel() -> None:
 
 
 def test_what_is_no_wsl() -> None:
-    native = "Linux version 6.1.0-56-amd64 (debian-kernel@lists.debian.org)"
+    native = "Linux version 6.1.0-56-amd64 (kernel@example.org)"
     assert (
         detect(linux(NATIVE, **{"/proc/sys/kernel/osrelease": "6.1.0", "/proc/version": native}))
         is None

@@ -70,12 +70,15 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tup
     """Yield the path of every command below a group, the group's own first."""
     yield path
     if isinstance(command, click.Group):
-        for name in sorted(command.commands):
-            yield from commands(command.commands[name], (*path, name))
+        ctx = click.Context(command)
+        for name in sorted(command.list_commands(ctx)):
+            below = command.get_command(ctx, name)
+            assert below is not None, name
+            yield from commands(below, (*path, name))
 
 
 def help_of(path: tuple[str, ...]) -> str:
-    """Return what ``dask shm … --help`` prints, also where a command hands on its arguments."""
+    """Return what ``dask shm … --help`` prints."""
     environment = {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb"}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
