@@ -65,8 +65,11 @@ def test_a_connect_that_is_out_of_time_closes_its_socket(
         ended: asyncio.Queue[bytes] = asyncio.Queue()
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await ended.put(await reader.read())
+            data = await reader.read()
             writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            await ended.put(data)
 
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
