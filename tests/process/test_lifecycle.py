@@ -440,6 +440,7 @@ def test_adaptive_scaling(pool_config: dict[str, Any], tmp_path: Path) -> None:
             futures = [client.submit(tasks.slow_crc, array, 0.2, pure=False) for array in arrays]
             assert client.gather(futures) == [tasks.crc(array) for array in arrays]
             kept = client.submit(tasks.identity, arrays[0], pure=False).result()
+            assert len(cluster.workers) >= 1
             del futures
             deadline = time.monotonic() + 40
             while client.scheduler_info(n_workers=-1)["workers"]:

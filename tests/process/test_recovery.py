@@ -96,10 +96,8 @@ def test_beside_traffic(client: Client, pool_config: dict[str, Any]) -> None:
 
 
 def test_a_worker_killed_in_traffic(pool_config: dict[str, Any], tmp_path: Path) -> None:
-    # Dask's work stealing remembers closed workers, and these the tasks that they last ran.
-    config = {**pool_config, "distributed.scheduler.work-stealing": False}
     with (
-        Deployment(tmp_path, config, workers=3) as deployment,
+        Deployment(tmp_path, pool_config, workers=3) as deployment,
         deployment.client() as client,
     ):
         # Dask's scatter fails when a worker that it has chosen dies, over any protocol.

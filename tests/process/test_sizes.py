@@ -271,7 +271,7 @@ def test_gigabytes_in_pieces(client: Client, workers: list[str], size: int) -> N
         assert is_megabytes(future.result(), size, 1)
     d = delta()
     assert d.pieces == 4 * size * 1_000_000, d
-    assert d.inline < 1_000_000, d  # heartbeats too, for as long as it takes
+    assert d.inline < SMALL, d
 
 
 @pytest.mark.slow
