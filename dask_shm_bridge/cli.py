@@ -8,6 +8,9 @@ from typing import NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
+# Of each command too: one may be called without its group.
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
 
 class _Entry(NamedTuple):
     module: str
@@ -68,6 +71,6 @@ class _Lazy(click.Group):
         return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Lazy, context_settings=HELP_OPTIONS)
 def shm() -> None:
     """Move arrays between processes of one host through a shared memory pool."""

@@ -25,6 +25,7 @@ from dask_shm_bridge.benchmarks.memory import Peak
 from dask_shm_bridge.benchmarks.report import size_text
 from dask_shm_bridge.benchmarks.traffic import RECEIVED, SENT
 from dask_shm_bridge.benchmarks.trial import Record, TrialError, do_way_apart
+from dask_shm_bridge.cli import HELP_OPTIONS
 
 WAYS = ("shm", "tcp", "npy")
 
@@ -134,7 +135,7 @@ def write(path: str, records: Sequence[Record], wrong: Sequence[str]) -> None:
         file.write("\n")
 
 
-@click.command("demo")
+@click.command("demo", context_settings=HELP_OPTIONS)
 @click.option("--quick", is_flag=True, help="A tenth of the rows, one run of each job.")
 @click.option(
     "--protocols", type=names(WAYS), metavar="NAMES", default=",".join(WAYS), show_default=True

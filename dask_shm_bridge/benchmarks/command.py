@@ -19,6 +19,7 @@ from dask_shm_bridge.benchmarks.dask_way import DaskWay
 from dask_shm_bridge.benchmarks.disk import filesystem
 from dask_shm_bridge.benchmarks.disk_way import DiskWay
 from dask_shm_bridge.benchmarks.lineup import PROTOCOLS, lineup, missing_package
+from dask_shm_bridge.cli import HELP_OPTIONS
 
 DEFAULT_SIZES = "64KiB,256KiB,1MiB,4MiB,16MiB,64MiB,256MiB,1GiB"
 QUICK_SIZES = "256KiB,4MiB,32MiB"
@@ -50,7 +51,7 @@ def sizes_of(text: str) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-@click.command("benchmarks")
+@click.command("benchmarks", context_settings=HELP_OPTIONS)
 @click.option(
     "--sizes",
     type=sizes_of,

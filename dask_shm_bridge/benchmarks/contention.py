@@ -27,6 +27,7 @@ import numpy as np
 from dask_shm_bridge.audit import audit
 from dask_shm_bridge.benchmarks import machine
 from dask_shm_bridge.benchmarks.contender import OUTCOMES, Plan, work
+from dask_shm_bridge.cli import HELP_OPTIONS
 from dask_shm_bridge.errors import LedgerBusyError
 from dask_shm_bridge.ledger import Ledger
 
@@ -145,7 +146,7 @@ def _check_empty(ledger: Ledger, plan: Plan) -> None:
     ledger.leave([1 << 40])
 
 
-@click.command("contention")
+@click.command("contention", context_settings=HELP_OPTIONS)
 @click.option("--operations", default=1_000_000, show_default=True, type=click.IntRange(1))
 @click.option("--processes", default=8, show_default=True, type=click.IntRange(1, 512))
 @click.option("--seed", default=0, show_default=True)

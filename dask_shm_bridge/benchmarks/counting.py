@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from dask_shm_bridge.cli import HELP_OPTIONS
+
 _COUNTING = ("count", "count_device", "moved", "fallback")
 
 
@@ -93,7 +95,7 @@ def _mean_us(job: Any, rounds: int = 2000) -> float:
     return (time.perf_counter() - start) / rounds * 1e6
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP_OPTIONS)
 @click.option("--size", default="1 MB", show_default=True, help="Bytes of a message's array.")
 @click.option(
     "--pairs", default=10_000, show_default=True, help="Messages with, and as many without."

@@ -26,12 +26,13 @@ from dask_shm_bridge.benchmarks.cluster import ProcessCluster
 from dask_shm_bridge.benchmarks.command import quieten
 from dask_shm_bridge.benchmarks.machine import describe, versions
 from dask_shm_bridge.benchmarks.mixture import Mixture
+from dask_shm_bridge.cli import HELP_OPTIONS
 
 MiB = 1 << 20
 GB = 1e9
 
 
-@click.command("endurance")
+@click.command("endurance", context_settings=HELP_OPTIONS)
 @click.option("--seconds", type=click.FloatRange(10), default=3600.0, show_default=True)
 @click.option("--every", type=click.FloatRange(0.5), default=5.0, show_default=True)
 @click.option("--protocol", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_shm_bridge.benchmarks.machine import describe, versions
+from dask_shm_bridge.cli import HELP_OPTIONS
 
 MiB = 1 << 20
 
@@ -99,7 +100,7 @@ async def _measure(
     return seconds
 
 
-@click.command("exchange", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("exchange", context_settings=HELP_OPTIONS)
 @click.option(
     "--folder", type=click.Path(exists=True, file_okay=False), help="Where.  [default: temporary]"
 )

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from dask_shm_bridge.benchmarks import gpu_jobs, machine
 from dask_shm_bridge.benchmarks.cluster import ProcessCluster
+from dask_shm_bridge.cli import HELP_OPTIONS
 
 MiB = 1024 * 1024
 ROWS, COLUMNS, COMPONENTS = 10_000, 6_400, 16
@@ -182,7 +183,7 @@ def _table(title: str, rows: dict[str, dict[str, float]], unit: float, suffix: s
     return table
 
 
-@click.command()
+@click.command(context_settings=HELP_OPTIONS)
 @click.option("--reps", default=7, show_default=True, help="Repetitions after two warm-ups.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
 @click.option("--protocols", default="shm,tcp,ucxx", show_default=True)

@@ -26,6 +26,7 @@ from dask_shm_bridge.benchmarks.dask_way import DaskWay
 from dask_shm_bridge.benchmarks.lineup import lineup
 from dask_shm_bridge.benchmarks.machine import describe, versions
 from dask_shm_bridge.benchmarks.payload import Words, change, generate
+from dask_shm_bridge.cli import HELP_OPTIONS
 
 WARM_UPS = 3
 
@@ -122,7 +123,7 @@ def table(title: str, result: dict[str, Any]) -> Table:
     return sheet
 
 
-@click.command("timeline")
+@click.command("timeline", context_settings=HELP_OPTIONS)
 @click.option(
     "--case",
     "cases",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dask_shm_bridge.cli import HELP_OPTIONS
 from dask_shm_bridge.config import ExchangeSettings, Settings
 from dask_shm_bridge.doctor import cluster, gpu, network, places, software, space
 from dask_shm_bridge.doctor.machine import Machine
@@ -82,7 +83,7 @@ def guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Result
         yield Result(name, "warn", f"could not be checked ({type(error).__name__}: {error})")
 
 
-@click.command("doctor", epilog=_EXIT)
+@click.command("doctor", epilog=_EXIT, context_settings=HELP_OPTIONS)
 @click.option("--scheduler", metavar="ADDRESS", help="Check this scheduler and its workers, too.")
 @click.option(
     "--timeout",

@@ -13,6 +13,8 @@ import click
 import numpy as np
 from dask.utils import format_bytes, parse_bytes
 
+from dask_shm_bridge.cli import HELP_OPTIONS
+
 _ROUNDS = 5
 _MEANINGS = {
     "shared": "One kernel, one pool: arrays go by reference.",
@@ -21,7 +23,7 @@ _MEANINGS = {
 }
 
 
-@click.command("probe", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("probe", context_settings=HELP_OPTIONS)
 @click.argument("address")
 @click.option("--size", default="16 MiB", show_default=True, help="Of the array to echo.")
 @click.option(

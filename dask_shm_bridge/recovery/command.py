@@ -13,6 +13,7 @@ from dask.utils import format_bytes
 from rich.console import Console
 from rich.table import Table
 
+from dask_shm_bridge.cli import HELP_OPTIONS
 from dask_shm_bridge.config import Settings
 from dask_shm_bridge.errors import BridgeError
 from dask_shm_bridge.recovery.survey import Survey, survey
@@ -59,7 +60,7 @@ def _document(seen: Survey) -> dict[str, Any]:
     return dataclasses.asdict(seen)
 
 
-@click.command("check", epilog=_EXIT)
+@click.command("check", epilog=_EXIT, context_settings=HELP_OPTIONS)
 @_options
 @click.pass_context
 def check(ctx: click.Context, as_json: bool, path: str | None) -> None:
@@ -80,7 +81,7 @@ def check(ctx: click.Context, as_json: bool, path: str | None) -> None:
     ctx.exit(FOUND if seen.all_findings() else RIGHT)
 
 
-@click.command("sweep", epilog=_EXIT)
+@click.command("sweep", epilog=_EXIT, context_settings=HELP_OPTIONS)
 @_options
 @click.pass_context
 def sweep_command(ctx: click.Context, as_json: bool, path: str | None) -> None:

@@ -15,19 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_shm_bridge import config as configuration
+from dask_shm_bridge.cli import HELP_OPTIONS
 from dask_shm_bridge.errors import BridgeError
 from dask_shm_bridge.status import view
 from dask_shm_bridge.status.figures import PoolStatus, look
 
 THERE, NONE, FAILED = 0, 1, 2
-_HELP = {"help_option_names": ["-h", "--help"]}
 _path = click.option(
     "--path", type=click.Path(), help="Folder of the pool.  [default: shm-bridge.pool.path]"
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.command("status", context_settings=_HELP)
+@click.command("status", context_settings=HELP_OPTIONS)
 @_path
 @click.option("--watch", is_flag=True, help="Look again and again, until interrupted.")
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True)
@@ -138,7 +138,7 @@ def _failed(error: Exception, as_json: bool) -> None:
 # ---------------------------------------------------------------------------------------- config
 
 
-@click.command("config", context_settings=_HELP)
+@click.command("config", context_settings=HELP_OPTIONS)
 @_json
 @click.option("--yaml", "as_yaml", is_flag=True, help="Print YAML, to put into a file of Dask's.")
 @click.pass_context
@@ -197,7 +197,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- clean
 
 
-@click.command("clean", context_settings=_HELP)
+@click.command("clean", context_settings=HELP_OPTIONS)
 @_path
 @click.option(
     "--lanes-older-than",
