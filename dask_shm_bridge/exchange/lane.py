@@ -148,6 +148,7 @@ class Lane:
         self._users = 0
         self._touched = time.monotonic()
         self._abandoned: list[tuple[float, list[int]]] = []
+        checksum(b"")  # who can't make any has no lane, and everything goes by TCP
         _prepare(settings)
         lock = None
         while lock is None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import re
 import struct
 import time
@@ -52,6 +53,8 @@ from dask_shm_bridge.mapping.direct import ALIGNMENT, Look, aligned
 
 if TYPE_CHECKING:
     from dask_shm_bridge.comm import ShmTCP
+
+logger = logging.getLogger("dask_shm_bridge")
 
 T = TypeVar("T")
 
@@ -355,9 +358,11 @@ class FarStream:
             else:
                 frames, manifest = await comm._read_message(stream, word)
                 await self._begin(stream, frames, manifest)
-        except (StreamClosedError, OSError):
+        except (StreamClosedError, OSError):  # CommClosedError, too
             raise
-        except (Exception, asyncio.CancelledError):
+        except BaseException as error:
+            if isinstance(error, Exception):
+                logger.warning("what a peer sent can't be used, the connection ends: %r", error)
             with suppress(ReferenceError):
                 comm.abort()  # also lest the stream write into memory that is given back
             raise

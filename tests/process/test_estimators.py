@@ -387,6 +387,9 @@ def test_timeout(client: Client, data: Any) -> None:
 
 
 def test_interrupt(client: Client, data: Any) -> None:
+    # What a shell started in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt() -> None:
         deadline = time.monotonic() + 30
         while not any(client.processing().values()) and time.monotonic() < deadline:
@@ -396,10 +399,13 @@ def test_interrupt(client: Client, data: Any) -> None:
 
     remote = odd(seconds=3.0)
     interrupter = threading.Thread(target=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        interrupter.start()
-        remote.fit(data[0])
-    interrupter.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupter.start()
+            remote.fit(data[0])
+        interrupter.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert no_key_left(client)
     assert logistic().fit(*data).score(*data) > 0.9
 

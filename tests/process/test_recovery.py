@@ -96,8 +96,11 @@ def test_beside_traffic(client: Client, pool_config: dict[str, Any]) -> None:
 
 
 def test_a_worker_killed_in_traffic(pool_config: dict[str, Any], tmp_path: Path) -> None:
+    # Dask's work stealing keeps closed workers, and these the tasks that they ran last: in one run
+    # of ten the scheduler keeps such a task and its array (docs/what-remains.md).
+    config = {**pool_config, "distributed.scheduler.work-stealing": False}
     with (
-        Deployment(tmp_path, pool_config, workers=3) as deployment,
+        Deployment(tmp_path, config, workers=3) as deployment,
         deployment.client() as client,
     ):
         # Dask's scatter fails when a worker that it has chosen dies, over any protocol.

@@ -35,7 +35,7 @@ WINE = "/usr/lib/wine/wine64"
 ALIKE = (
     *("click", "cloudpickle", "dask", "distributed", "hypothesis", "lmdb", "msgpack", "packaging"),
     *("pandas", "platformdirs", "psutil", "pyarrow", "pytest", "pytest-timeout", "pyyaml", "rich"),
-    *("scipy", "tornado"),
+    *("scipy", "tornado", "xxhash"),
 )
 # NumPy 2.2 and later do not even start under Wine 8. The last two are needed on Windows alone: pip
 # looks at the system that it runs on.

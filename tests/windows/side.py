@@ -209,6 +209,26 @@ def moves(shm: str, nbytes: int) -> None:
         say(routes=report, written=seen, left={k: left[k] for k in ("leases", "tickets")})
 
 
+def by_file(shm: str, arrays: int) -> None:
+    """Exchange arrays of random sizes with a worker of the other side."""
+    from tests.two_kernels import traffic
+
+    with _client(shm) as client:
+        far = client.submit(platform).result(TIMEOUT_S)
+        (worker,) = client.scheduler_info(n_workers=-1)["workers"]
+        before = dask_shm_bridge.stats(client)
+        total = traffic.exchange(client, range(arrays), worker)
+        after = dask_shm_bridge.stats(client)
+        say(
+            here=sys.platform,
+            far=far,
+            total=total,
+            ways=_ways(before, after),
+            modes=sorted({one["mode"] for one in after["client"]["exchange"].values()}),
+            fallbacks=traffic.Moved(before, after).fallbacks,
+        )
+
+
 def estimators(shm: str) -> None:
     """Fit a model on a worker, from a process that has no scikit-learn."""
     import importlib.util
@@ -292,7 +312,7 @@ def main(part: str, options: str) -> None:
         {f.__name__: f for f in PARTS}[part](**json.loads(options))
 
 
-PARTS = (cluster, matrix, moves, estimators, member, look)
+PARTS = (cluster, matrix, moves, by_file, estimators, member, look)
 
 if __name__ == "__main__":
     from tests.windows import side  # so that its functions are pickled by their names

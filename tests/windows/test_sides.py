@@ -24,18 +24,41 @@ CONFIG = {"DASK_SHM_BRIDGE__THRESHOLD": "4096", "DASK_SHM_BRIDGE__POOL__SIZE": "
 
 
 class Side:
-    """A process of one side; what it says is heard line by line."""
+    """A process of one side; what it says is heard line by line.
 
-    def __init__(self, platform: str, part: str, pool: Path, **options: Any) -> None:
+    Parameters
+    ----------
+    platform : {"win32", "linux"}
+        Which side.
+    part : str
+        A part of `side`.
+    pool : Path
+        Linux's pool.
+    exchange : Path or None
+        A folder that both sides hand files over in.
+    **options
+        Of the part.
+    """
+
+    def __init__(
+        self, platform: str, part: str, pool: Path, exchange: Path | None = None, **options: Any
+    ) -> None:
         line = ["-m", "tests.windows.side", part, json.dumps(options)]
+        config = dict(CONFIG)
+        if exchange is not None:
+            name = wine.name_of(exchange) if platform == "win32" else str(exchange)
+            config["DASK_SHM_BRIDGE__EXCHANGE__PATH"] = name
+            config["DASK_SHM_BRIDGE__EXCHANGE__MODE"] = (
+                "file"  # which of the two is faster says nothing
+            )
         if platform == "win32":
-            self.process = wine.popen(line, extra=CONFIG)
+            self.process = wine.popen(line, extra=config)
         else:
             self.process = subprocess.Popen(
                 [sys.executable, *line],
                 env={
                     **wine.own_environment(),
-                    **CONFIG,
+                    **config,
                     "DASK_SHM_BRIDGE__POOL__PATH": str(pool),
                     "PYTHONPATH": str(wine.REPOSITORY),
                 },
@@ -66,6 +89,13 @@ class Side:
         self.process.stdin.close()
         self.lines += self.process.stdout.read().decode(errors="replace").splitlines()
         assert self.process.wait() == 0, "\n".join(self.lines[-60:])
+
+    def ended(self) -> str:
+        """End it, and return what it said."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        return "\n".join(self.process.stdout.read().decode(errors="replace").splitlines()[-60:])
 
     def close(self) -> None:
         self._timer.cancel()
@@ -102,18 +132,36 @@ def windows_pool() -> Iterator[None]:
     assert not left, f"the Windows side left {left}"
 
 
+@pytest.fixture
+def exchange(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder that both sides see; no file of theirs is left in it."""
+    folder = tmp_path / "exchange"
+    folder.mkdir(0o700)
+    yield folder
+    assert os.listdir(folder) == []
+
+
 def talk(
-    here: str, there: str, part: str, pool: Path, cluster: dict[str, Any], **options: Any
+    here: str,
+    there: str,
+    part: str,
+    pool: Path,
+    cluster: dict[str, Any],
+    exchange: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Run a part against a cluster; return what it found."""
     with contextlib.ExitStack() as stack:
-        far = Side(there, "cluster", pool, **cluster)
+        far = Side(there, "cluster", pool, exchange, **cluster)
         stack.callback(far.close)
         addresses = dict(zip(("shm", "tcp"), far.hear()["addresses"], strict=False))
-        near = Side(here, part, pool, **addresses, **options)
+        near = Side(here, part, pool, exchange, **addresses, **options)
         stack.callback(near.close)
-        found = near.hear()
-        near.end()
+        try:
+            found = near.hear()
+            near.end()
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nThe other side:\n{far.ended()}") from None
         far.end()
     return found
 
@@ -202,6 +250,22 @@ def test_windows_and_linux_agree_on_tcp(linux_pool: Path, here: str, there: str)
         assert moved == {"client sent inline", "client received inline"}, ways
     # the far side's own two processes' halves share a pool of theirs meanwhile
     assert found["ways"][0]["scheduler sent copied"] > 0
+
+
+@pytest.mark.parametrize(("here", "there"), [("win32", "linux"), ("linux", "win32")])
+def test_arrays_go_by_file(linux_pool: Path, exchange: Path, here: str, there: str) -> None:
+    """The client on one side, the scheduler and a worker on the other, a process each."""
+    cluster = {"protocols": ["shm"], "processes": True}
+    found = talk(here, there, "by_file", linux_pool, cluster, exchange, arrays=60)
+    assert (found["here"], found["far"]) == (here, there)
+    total, ways = found["total"], found["ways"]
+    for who in ("client", "scheduler"):
+        for direction in ("sent", "received"):
+            assert ways[f"{who} {direction} file"] == total, ways
+    # on their own side the scheduler and the worker have a pool
+    assert ways["scheduler sent referenced"] == ways["workers received viewed"] == total, ways
+    assert found["modes"] == ["file"]
+    assert found["fallbacks"] == {}
 
 
 def test_estimators_from_windows(linux_pool: Path) -> None:
