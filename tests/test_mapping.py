@@ -294,6 +294,15 @@ def test_a_scratch_file_is_given_to_a_child(python):
 
 
 @windows
+def test_drives_are_told_by_their_type() -> None:
+    from dask_shm_bridge.location.system import System
+
+    sorts = {drive.point: drive.options for drive in System.this().drives()}
+    assert sorts["C:\\"] == "fixed"
+    assert "1:\\" not in sorts
+
+
+@windows
 @pytest.mark.parametrize(
     ("path", "text"),
     [

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
+from distributed import Client
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,12 @@ GB = 1e9
 @click.option("--protocol", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True)
 @click.option("--workers", type=click.IntRange(2), default=2, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--spans/--no-spans",
+    default=True,
+    show_default=True,
+    help="Whether Dask keeps a record of each burst of tasks (distributed.spans), for ever.",
+)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="All samples.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="A PNG picture.")
 @click.option(
@@ -55,6 +62,7 @@ def endurance(
     protocol: str,
     workers: int,
     threads: int,
+    spans: bool,
     json_path: str | None,
     plot_path: str | None,
     earlier: tuple[str, ...],
@@ -73,6 +81,8 @@ def endurance(
     quieten()
     window = min(300.0, seconds / 10)
     with ProcessCluster(protocol, workers, default=True) as cluster:
+        if not spans:
+            _without_spans(cluster.client)
         census = Census(cluster.client, cluster.pids)
         mixture = Mixture(cluster.client, threads)
         mixture.start()
@@ -90,6 +100,7 @@ def endurance(
         "machine": describe(),
         "versions": versions(),
         "window_seconds": window,
+        "spans": spans,
         "operations": dict(mixture.done),
         "errors": mixture.errors,
         "moved_bytes": moved_bytes(census.samples[-1]) if census.samples else 0,
@@ -108,6 +119,17 @@ def endurance(
         draw(plot_path, census)
     held = [kind for kind in ("extent", "lease", "ticket") if left.get(kind)]
     ctx.exit(1 if mixture.errors or held else 0)
+
+
+def _without_spans(client: Client) -> None:
+    """Take away Dask's extension, which has no switch: first where heartbeats speak of it."""
+
+    def forget(dask_worker: Any = None, dask_scheduler: Any = None) -> None:
+        (dask_worker or dask_scheduler).extensions.pop("spans", None)
+
+    client.run(forget)
+    time.sleep(2.0)  # one may be on its way
+    client.run_on_scheduler(forget)
 
 
 def _watch(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import string
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import psutil
 
 _RUN_S = 10.0
 _MOUNT_ID = re.compile(r"^mnt_id:\s*(\d+)", re.MULTILINE)
+
+# What GetDriveTypeW returns.
+_SORTS = {0: "", 2: "removable", 3: "fixed", 4: "remote", 5: "cdrom", 6: "ramdisk"}
 
 Kind = Literal["linux", "windows", "other"]
 
@@ -79,7 +83,7 @@ class System:
             exists=os.path.exists,
             resolve=_resolve,
             mount_id=_mount_id if kind == "linux" else _no_mount_id,
-            drives=_drives,
+            drives=_letters if kind == "windows" else _drives,
             run=run,
             environ=os.environ,
         )
@@ -121,6 +125,15 @@ def _mount_id(path: str) -> int | None:
     finally:
         os.close(fd)
     return int(found[1]) if found else None
+
+
+def _letters() -> list[Drive]:
+    """List the drives of Windows, without asking any: a network drive's host may not answer."""
+    from dask_shm_bridge.mapping import _windows_calls as calls
+
+    roots = [f"{letter}:\\" for letter in string.ascii_uppercase]
+    sorts = [(root, _SORTS.get(calls.drive_type(root))) for root in roots]
+    return [Drive(root, "", root, sort) for root, sort in sorts if sort is not None]
 
 
 def _drives() -> list[Drive]:
