@@ -107,6 +107,12 @@ def remove(folder: Path) -> None:
         _later.append(folder)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of each test's collections, which take most of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     gc.collect()
     for folder in _later:

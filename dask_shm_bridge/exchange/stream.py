@@ -362,7 +362,10 @@ class FarStream:
             raise
         except BaseException as error:
             if isinstance(error, Exception):
-                logger.warning("what a peer sent can't be used, the connection ends: %r", error)
+                logger.warning(
+                    "what a peer sent can't be used, the connection ends: %s",
+                    repr(error),  # a log may keep the error, and that its frames
+                )
             with suppress(ReferenceError):
                 comm.abort()  # also lest the stream write into memory that is given back
             raise
