@@ -55,9 +55,9 @@ test-oldest: .venv-test-oldest/stamp ## the same with the oldest Dask that is su
 	@.venv-test-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-threshold
-test-threshold: .venv-test/stamp ## tests with real processes, every frame going through the pool
-	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest tests/process \
-	  -m 'not threshold and not slow' $(PYTEST_ARGS)
+test-threshold: .venv-test/stamp ## the test suite, with every frame going through the pool
+	@DASK_SHM_BRIDGE__THRESHOLD=1 .venv-test/bin/python -m pytest \
+	  -m 'not threshold and not slow and not idle' $(PYTEST_ARGS)
 
 .PHONY: test-browser
 test-browser: .venv-test/stamp ## the dashboard page in a real browser (Debian: chromium, chromium-driver)

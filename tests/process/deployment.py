@@ -41,6 +41,8 @@ QUIET = {
     "distributed.scheduler.worker-saturation": "inf",
     "distributed.worker.profile.enabled": False,
     "distributed.comm.timeouts.connect": "30s",
+    # What it asks for, without workers, may be what `Client.scheduler_info` returns meanwhile.
+    "distributed.client.scheduler-info-interval": "1h",
 }
 
 
