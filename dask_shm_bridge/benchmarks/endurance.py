@@ -122,14 +122,14 @@ def endurance(
 
 
 def _without_spans(client: Client) -> None:
-    """Take away Dask's extension, which has no switch: first where heartbeats speak of it."""
+    """Take away Dask's extension, which has no switch; first where heartbeats speak of it."""
 
-    def forget(dask_worker: Any = None, dask_scheduler: Any = None) -> None:
-        (dask_worker or dask_scheduler).extensions.pop("spans", None)
+    async def forget(dask_worker: Any) -> None:
+        dask_worker.extensions.pop("spans")
+        await dask_worker.heartbeat()  # those before it have come
 
     client.run(forget)
-    time.sleep(2.0)  # one may be on its way
-    client.run_on_scheduler(forget)
+    client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.extensions.pop("spans") and None)
 
 
 def _watch(

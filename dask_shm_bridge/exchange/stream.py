@@ -360,7 +360,7 @@ class FarStream:
                 await self._begin(stream, frames, manifest)
         except (StreamClosedError, OSError):  # CommClosedError, too
             raise
-        except BaseException as error:
+        except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, Exception):
                 logger.warning(
                     "what a peer sent can't be used, the connection ends: %s",

@@ -304,6 +304,7 @@ def look(sweeping: bool) -> None:
 def main(part: str, options: str) -> None:
     """Run a part with options in JSON."""
     quiet = {
+        "distributed.client.scheduler-info-interval": "1h",  # as in tests.process.deployment
         "distributed.worker.profile.enabled": False,
         "distributed.comm.timeouts.connect": "60s",
         "distributed.admin.large-graph-warning-threshold": "1 TiB",

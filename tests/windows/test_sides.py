@@ -48,9 +48,7 @@ class Side:
         if exchange is not None:
             name = wine.name_of(exchange) if platform == "win32" else str(exchange)
             config["DASK_SHM_BRIDGE__EXCHANGE__PATH"] = name
-            config["DASK_SHM_BRIDGE__EXCHANGE__MODE"] = (
-                "file"  # which of the two is faster says nothing
-            )
+            config["DASK_SHM_BRIDGE__EXCHANGE__MODE"] = "file"  # whether or not it is faster
         if platform == "win32":
             self.process = wine.popen(line, extra=config)
         else:
@@ -82,20 +80,18 @@ class Side:
                 return found
         raise AssertionError("it said nothing more: " + "\n".join(self.lines[-60:]))
 
-    def end(self) -> None:
-        """Close its input, and wait for a good end."""
+    def rest(self) -> str:
+        """Close its input, and return what it said last."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
         self.lines += self.process.stdout.read().decode(errors="replace").splitlines()
-        assert self.process.wait() == 0, "\n".join(self.lines[-60:])
+        return "\n".join(self.lines[-60:])
 
-    def ended(self) -> str:
-        """End it, and return what it said."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        return "\n".join(self.process.stdout.read().decode(errors="replace").splitlines()[-60:])
+    def end(self) -> None:
+        """Close its input, and wait for a good end."""
+        said = self.rest()
+        assert self.process.wait() == 0, said
 
     def close(self) -> None:
         self._timer.cancel()
@@ -161,7 +157,7 @@ def talk(
             found = near.hear()
             near.end()
         except AssertionError as error:
-            raise AssertionError(f"{error}\nThe other side:\n{far.ended()}") from None
+            raise AssertionError(f"{error}\nThe other side:\n{far.rest()}") from None
         far.end()
     return found
 
