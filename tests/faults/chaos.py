@@ -157,6 +157,7 @@ class Chaos:
             threshold="128 KiB",
         )
         self.config["distributed.scheduler.worker-ttl"] = "20s"
+        self.config["distributed.scheduler.active-memory-manager.start"] = True
         self.clients: list[ClientProcess] = []
         self.ended: list[ClientProcess] = []
         self.number = 0

@@ -43,6 +43,8 @@ QUIET = {
     "distributed.comm.timeouts.connect": "30s",
     # What it asks for, without workers, may be what `Client.scheduler_info` returns meanwhile.
     "distributed.client.scheduler-info-interval": "1h",
+    # It drops a replica of a worker's at its next look, once in two seconds.
+    "distributed.scheduler.active-memory-manager.start": False,
 }
 
 

@@ -92,15 +92,11 @@ def test_the_owner_of_what_a_worker_fetched(client: Client, workers: list[str]) 
 
 
 def test_the_fetcher_of_what_the_owner_changed(client: Client, workers: list[str]) -> None:
-    client.amm.stop()  # which would drop the fetched one at its next look, to be fetched anew
-    try:
-        made = client.submit(tasks.numbers, SIZE, 4, workers=workers[0])
-        right = tasks.crc(tasks.numbers(SIZE, 4))
-        assert client.submit(tasks.crc, made, workers=workers[1]).result() == right
-        assert client.submit(tasks.overwrite, made, workers=workers[0]).result() == right
-        assert client.submit(tasks.crc, made, workers=workers[1], pure=False).result() == right
-    finally:
-        client.amm.start()
+    made = client.submit(tasks.numbers, SIZE, 4, workers=workers[0])
+    right = tasks.crc(tasks.numbers(SIZE, 4))
+    assert client.submit(tasks.crc, made, workers=workers[1]).result() == right
+    assert client.submit(tasks.overwrite, made, workers=workers[0]).result() == right
+    assert client.submit(tasks.crc, made, workers=workers[1], pure=False).result() == right
 
 
 @pytest.mark.parametrize("which", ["views of one extent", "extents"])

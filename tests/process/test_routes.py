@@ -252,14 +252,25 @@ def test_worker_to_worker_of_what_was_received(
 def test_replicate_and_rebalance(client: Client, workers: list[str]) -> None:
     future = client.submit(tasks.numbers, SIZE, 5, workers=workers[0])
     wait(future)
-    client.amm.stop()  # which takes replicas away that nobody needs
-    try:
-        with measured(client) as delta:
-            client.replicate(future)
-        through_the_pool(delta(), copied=SIZE)
-        assert set(client.who_has(future)[future.key]) == set(workers)
-    finally:
-        client.amm.start()
+    with measured(client) as delta:
+        client.replicate(future)
+    through_the_pool(delta(), copied=SIZE)
+    assert set(client.who_has(future)[future.key]) == set(workers)
+
+
+def test_a_replica_that_dask_drops(client: Client, x: np.ndarray, workers: list[str]) -> None:
+    future = client.scatter(x, broadcast=True)
+    assert set(client.who_has(future)[future.key]) == set(workers)
+    before = usage(ticket=0)["lease"]
+    client.amm.run_once()
+    after = usage(lease=before - 1)
+    assert after["lease"] == before - 1
+    (kept,) = client.who_has(future)[future.key]
+    (other,) = set(workers) - {kept}
+    with measured(client) as delta:
+        assert client.submit(tasks.crc, future, workers=other).result() == tasks.crc(x)
+    through_the_pool(delta(), copied=0)
+    assert delta().at(kept, "sent", "referenced") == SIZE
 
 
 def test_p2p_rechunk(client: Client) -> None:
