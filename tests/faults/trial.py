@@ -175,12 +175,14 @@ class Trial:
         alive = [process for process in self.processes if process.alive]
         readable, _, _ = select.select([p.channel for p in alive], [], [], timeout_s)
         for process in alive:
-            if process.channel in readable:
+            if process.alive and process.channel in readable:
                 self._hear(process)
 
     def _hear(self, process: Process) -> None:
         try:
-            data = process.channel.recv(1 << 16)
+            data = process.channel.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:  # heard already, while another was stopped
+            return
         except ConnectionResetError:
             data = b""
         process.buffer += data
