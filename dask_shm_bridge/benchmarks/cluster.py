@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from distributed import Client
 
@@ -42,6 +44,8 @@ class ProcessCluster:
         How many worker processes.
     default
         Whether the client is the default one of this process, as actors need it.
+    config
+        Dask's settings for the scheduler and the workers, beside those they read themselves.
 
     Attributes
     ----------
@@ -59,10 +63,21 @@ class ProcessCluster:
 
     client: Client
 
-    def __init__(self, protocol: str, workers: int = 2, *, default: bool = False) -> None:
+    def __init__(
+        self,
+        protocol: str,
+        workers: int = 2,
+        *,
+        default: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.protocol = protocol
         self.workers = workers
         self.default = default
+        self._variables = {
+            "DASK_" + key.upper().replace(".", "__").replace("-", "_"): repr(value)
+            for key, value in (config or {}).items()
+        }
         self.pids: dict[str, int] = {"client": os.getpid()}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = contextlib.ExitStack()
@@ -115,7 +130,7 @@ class ProcessCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**_ONE_THREAD, **os.environ},
+                env={**_ONE_THREAD, **os.environ, **self._variables},
             )
         self.pids[role] = self._processes[role].pid
 

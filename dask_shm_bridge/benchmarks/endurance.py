@@ -32,6 +32,13 @@ from dask_shm_bridge.cli import HELP_OPTIONS
 MiB = 1 << 20
 GB = 1e9
 
+#: What Dask keeps no more of what it did, where it has a setting for that.
+NO_RECORDS = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.low-level-log-length": 100,
+    "distributed.admin.system-monitor.log-length": 100,
+}
+
 
 @click.command("endurance", context_settings=HELP_OPTIONS)
 @click.option("--seconds", type=click.FloatRange(10), default=3600.0, show_default=True)
@@ -40,10 +47,10 @@ GB = 1e9
 @click.option("--workers", type=click.IntRange(2), default=2, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=3, show_default=True)
 @click.option(
-    "--spans/--no-spans",
+    "--records/--no-records",
     default=True,
     show_default=True,
-    help="Whether Dask keeps a record of each burst of tasks (distributed.spans), for ever.",
+    help="Whether Dask keeps spans (for ever), profiles (1,000 s) and logs (1,000 entries).",
 )
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="All samples.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="A PNG picture.")
@@ -62,7 +69,7 @@ def endurance(
     protocol: str,
     workers: int,
     threads: int,
-    spans: bool,
+    records: bool,
     json_path: str | None,
     plot_path: str | None,
     earlier: tuple[str, ...],
@@ -80,8 +87,9 @@ def endurance(
         return
     quieten()
     window = min(300.0, seconds / 10)
-    with ProcessCluster(protocol, workers, default=True) as cluster:
-        if not spans:
+    config = {} if records else NO_RECORDS
+    with ProcessCluster(protocol, workers, default=True, config=config) as cluster:
+        if not records:
             _without_spans(cluster.client)
         census = Census(cluster.client, cluster.pids)
         mixture = Mixture(cluster.client, threads)
@@ -100,7 +108,7 @@ def endurance(
         "machine": describe(),
         "versions": versions(),
         "window_seconds": window,
-        "spans": spans,
+        "records": records,
         "operations": dict(mixture.done),
         "errors": mixture.errors,
         "moved_bytes": moved_bytes(census.samples[-1]) if census.samples else 0,

@@ -42,7 +42,7 @@ def read(path: str) -> Run:
     command = kept["command"]
     protocol = command[command.index("--protocol") + 1] if "--protocol" in command else "shm"
     return Run(
-        protocol if kept.get("spans", True) else f"{protocol}, no spans",
+        protocol if kept.get("records", True) else f"{protocol}, no records",
         # older runs did not count at each sample
         [sample.get("operations", rate * sample["seconds"]) for sample in samples],
         {
