@@ -41,7 +41,7 @@ POOL = {
 }
 if WINDOWS:  # where a folder that is named may be shared with WSL2, so that a lane is made there
     POOL["shm-bridge.exchange.path"] = False
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 def environment_name(key: str) -> str:

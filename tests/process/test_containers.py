@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 from distributed import Client
 
 from dask_shm_bridge import stats, store
@@ -47,15 +47,6 @@ def possible(*line: str) -> None:
 def contained(line: list[str]) -> list[str]:
     """Return a command that runs a module as process 1 of a namespace of its own."""
     return [*CONTAINER, sys.executable, "-m", *line]
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import logging
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from conftest import eventually
 from distributed import Client
 from tornado.ioloop import IOLoop
 
@@ -82,15 +82,6 @@ def is_running(client: Client) -> bool:
 
     running: bool = client.run_on_scheduler(look)
     return running
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float = 60.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 # ----------------------------------------------------------------------------------- where it is

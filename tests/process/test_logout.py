@@ -6,12 +6,10 @@ import logging
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import eventually
 from distributed import Client
 
 from dask_shm_bridge import counters, stats, store
@@ -21,15 +19,6 @@ from .deployment import Deployment, MiB, measured, private_pool
 
 SIZE = 4 * MiB
 SMALL = 512 * 1024
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def move(client: Client, worker: str, seed: int) -> None:

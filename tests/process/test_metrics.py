@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -15,6 +14,7 @@ import dask
 import msgpack
 import numpy as np
 import pytest
+from conftest import eventually
 from distributed import Client, LocalCluster
 
 import dask_shm_bridge
@@ -201,15 +201,7 @@ def told(client: Client) -> dict[str, Any]:
     return client.run_on_scheduler(look)
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
+@pytest.mark.threshold  # to tell it moves more
 def test_a_client_tells_what_it_moved_without_being_asked(
     deployment: Any, workers: list[str]
 ) -> None:
@@ -232,6 +224,7 @@ def test_a_client_tells_what_it_moved_without_being_asked(
         assert eventually(lambda: name not in told(other))
 
 
+@pytest.mark.threshold
 def test_an_idle_client_tells_nothing(deployment: Any) -> None:
     with deployment.client() as other:
         teller = figures.Teller(other)
