@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from process.deployment import THRESHOLD
+
 from faults import peers
 from faults.points import Fault
 
@@ -30,7 +32,7 @@ POOL = {
     "shm-bridge.pool.linger": "60s",
     "shm-bridge.hold-limit": 0.3,
     "shm-bridge.copy-threads": 1,
-    "shm-bridge.threshold": "64 KiB",
+    "shm-bridge.threshold": THRESHOLD or "64 KiB",
 }
 
 
