@@ -95,3 +95,4 @@ def test_at_a_logout(
             assert caplog.text.count("RemoveIPC=no") == 1
             del array, kept, there, back
         assert eventually(lambda: old.closed and not store._lost)
+        assert eventually(lambda: not (folder / old.attachment.name).exists())
