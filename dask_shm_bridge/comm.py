@@ -104,7 +104,9 @@ _comms: weakref.WeakSet[ShmTCP] = weakref.WeakSet()
 
 def modes() -> list[str]:
     """Return the mode of each open connection of this process."""
-    return [comm.mode for comm in list(_comms) if not comm.closed()]
+    while True:
+        with suppress(RuntimeError):  # an event loop is just adding one
+            return [comm.mode for comm in list(_comms) if not comm.closed()]
 
 
 class ShmTCP(TCP):
@@ -536,7 +538,7 @@ class ShmTCP(TCP):
             try:
                 received = shared.receive(connection, numbers, _DIRECT_TIMEOUT_S)
             except LedgerBusyError:
-                received = await _insist(stream, shared, shared.receive, connection, numbers)
+                received = await _insist(self, shared, shared.receive, connection, numbers)
             if received.waiting:
                 await _run(shared, shared.copy_out, received)
             for place, buffer in zip(tickets, received.buffers, strict=True):
@@ -557,7 +559,7 @@ class ShmTCP(TCP):
                 raise ValueError(f"a piece of {size} bytes where {nbytes - done} are left")
             part = target[done : done + size]
             if number:
-                await _insist(stream, shared, shared.take_piece, connection, number, part)
+                await _insist(self, shared, shared.take_piece, connection, number, part)
                 counters.count("received", "copied", size)
             else:
                 await wire.read_into(stream, part.data)
@@ -621,17 +623,18 @@ async def _run(shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
         raise
 
 
-async def _insist(stream: IOStream, shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
-    """Run a job that needs the ledger until it is had: what was sent must be read.
+async def _insist(comm: ShmTCP, shared: store.Pool, job: Callable[..., T], *args: Any) -> T:
+    """Run a job that needs the ledger until it is had or this side ends: what came must be read.
 
-    A process that is stopped while it holds the ledger must not cost its peers their connections.
+    A process that is stopped while it holds the ledger must not cost its peers their connections,
+    nor what a peer sent before it closed.
     """
     while True:
         try:
             return await _run(shared, job, *args)
         except LedgerBusyError:
             counters.explain("ledger", "a reader waits: the pool's ledger is held by somebody else")
-            if stream.closed() or shared.closed:
+            if comm.stream is None or shared.closed:
                 raise
 
 

@@ -7,6 +7,7 @@ waits for that, and nothing fails by it.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import weakref
@@ -19,6 +20,16 @@ TOPIC = "shm-bridge"
 
 _turn = threading.Lock()
 _servers: list[tuple[Any, weakref.WeakMethod[Callable[[str, Any], Any]]]] = []
+
+
+def _new_lock() -> None:
+    """Replace the lock in a forked child, where another thread may have held it."""
+    global _turn
+    _turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def attach(server: Any) -> None:

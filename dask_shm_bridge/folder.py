@@ -130,6 +130,8 @@ class Attachment:
             self.ledger.guard(member, os.getpid(), leases)
         except BaseException:
             lock.close()
+            with self.directory.directory("members") as members:
+                _unlink(_member_name(member, GUARD), members)
             raise
         return lock
 
@@ -382,9 +384,24 @@ def _join(settings: Settings, name: str, base: mapping.Directory, role: str) -> 
     attachment = Attachment(path, name, header, pool, directory, lock, ledger, member, member_lock)
     try:
         attachment.sweep()
+        _clear(attachment)
     except (OSError, PoolError, LedgerError) as error:  # it comes again, under pressure
         logger.debug("the pool in %s was joined without a sweep: %s", path, error)
     return attachment
+
+
+def _clear(attachment: Attachment) -> None:
+    """Remove the files of dead processes that are not in the ledger, so that no sweep sees them.
+
+    They died while they joined or left. Members make their files under the folder's lock, as held
+    here; those in the ledger, and this process's own, are not looked at.
+    """
+    known = {_member_name(member.id) for member in attachment.ledger.members()}
+    with attachment.directory.directory("members") as members:
+        for name in members.names():
+            guards = name.startswith(mapping.GUARD_PREFIX)
+            if not guards and name not in known and not mapping.is_alive(name, members):
+                _unlink(name, members)
 
 
 def _unclean(members: mapping.Directory) -> bool:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from typing import Any
 
 from dask_shm_bridge import store
 
 logger = logging.getLogger("dask_shm_bridge")
 
-_guards: list[Any] = []
-_unguarded: list[store.Pool] = []
+# By thread, since others may be about to fork as well: what was made for this fork.
+_guards: dict[int, list[Any]] = {}
+_unguarded: dict[int, list[store.Pool]] = {}
 
 
 def register() -> None:
@@ -30,30 +32,33 @@ def register() -> None:
 
 
 def _before() -> None:
+    thread = threading.get_ident()
+    guards, unguarded = _guards.setdefault(thread, []), _unguarded.setdefault(thread, [])
     for joined in store.joined():
         try:
             guard = joined.guard()
         except Exception as error:
             logger.debug("a fork without a guard: %s", error)
-            _unguarded.append(joined)
+            unguarded.append(joined)
         else:
             if guard is not None:
-                _guards.append(guard)
+                guards.append(guard)
 
 
 def _after_in_parent() -> None:
-    _unguarded.clear()
-    while _guards:
-        _guards.pop().close()
+    thread = threading.get_ident()
+    _unguarded.pop(thread, None)
+    for guard in _guards.pop(thread, ()):
+        guard.close()
 
 
 def _after_in_child() -> None:
     try:
-        for joined in _unguarded:
+        for joined in _unguarded.get(threading.get_ident(), ()):
             joined.views.privatise_all()
     finally:
         _unguarded.clear()
-        _kept.extend(_guards)  # open for as long as this process lives
+        _kept.extend(_guards.values())  # open for as long as this process lives
         _guards.clear()
         store.forget()
 

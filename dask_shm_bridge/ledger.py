@@ -263,7 +263,7 @@ class Ledger:
         StaleTicketError
             If one of them is not there; then none is adopted.
         """
-        with self.record.changing(timeout_s) as tables:
+        with self.record.changing(timeout_s, received=True) as tables:
             _check_member(tables, member)
             tickets = _tickets(tables, connection)
             grants = []

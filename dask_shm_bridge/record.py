@@ -196,8 +196,13 @@ class Record:
             self._release()
 
     @contextmanager
-    def changing(self, timeout_s: float | None = None) -> Iterator[Tables]:
+    def changing(
+        self, timeout_s: float | None = None, *, received: bool = False
+    ) -> Iterator[Tables]:
         """Have the tables, to change; an exception leaves them as they were.
+
+        What was sent must be received, and a lease takes more room than its ticket: only who says
+        `received` may fill the second half of what there is.
 
         Raises
         ------
@@ -216,7 +221,8 @@ class Record:
                 # LMDB keeps the last two values and needs a run of free pages for the new one. A
                 # file that is filled further has none for a smaller value either: what is full
                 # could not become empty again.
-                if len(data) > max(self._value_bytes, self._most_bytes):
+                most = self._most_bytes if received else self._most_bytes // 2
+                if len(data) > max(self._value_bytes, most):
                     raise LedgerFullError("the ledger of the pool has no room left")
                 txn.put(_KEY, data)
                 txn.commit()

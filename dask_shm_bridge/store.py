@@ -75,6 +75,7 @@ class Pool:
         self.copier = Copier(settings.copy_threads)
         self._jobs = started(4, "shm-bridge")
         self._reserved: dict[int, Grant] = {}  # by lease: what arrives there from another kernel
+        self._reserving = threading.Lock()
         self._committed = bytearray(self.layout.size_bytes // GRAIN_BYTES)
         self._last_sweep = time.monotonic()
         self.pins: Any = None  # of a process with a GPU: what of the pool is registered with CUDA
@@ -302,13 +303,16 @@ class Pool:
             self.events.put(("trim", None))
             return None
         try:
-            self._check_open()
-            (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+            self._check_open()  # a forked child never waits for the lock
+            with self._reserving:
+                self._check_open()
+                (grant,) = self.ledger.allocate(self.member, [nbytes], region())
+                if grant is not None:
+                    self._reserved[grant.lease] = grant
             if grant is None:
                 self.events.put(("sweep", None))
                 return None
             self.events.put(("user", 1))
-            self._reserved[grant.lease] = grant
             self._commit(grant)
             self._touch(grant)
             start = HEADER_BYTES + grant.offset
@@ -352,11 +356,11 @@ class Pool:
         with self._direct if timeout_s is not None else contextlib.nullcontext():
             self._check_open()
             grants = self.ledger.adopt(self.member, connection, numbers, timeout_s)
-            for grant in grants:
-                self._touch(grant)
             received.waiting = list(enumerate(grants))
             received.buffers = [memoryview(b"")] * len(grants)
             try:
+                for grant in grants:
+                    self._touch(grant)
                 self._view(received)
             except BaseException:
                 received.undo()
@@ -522,7 +526,10 @@ class Pool:
         self.copier.close()
         if self.pins is not None:
             self.pins.close()
-        living, arriving = self.views.oldest(), list(self._reserved)
+        with self._reserving:  # who was in the middle of it sees that we leave
+            # In this order: what is published meanwhile is in one of them, if not in both.
+            arriving = list(self._reserved)
+        living = self.views.oldest()
         hasty = at_exit and self.views.leased_bytes > _EXIT_BYTES
         detached = not living or (not hasty and all(self.views.detach(claim) for claim in living))
         if not detached:

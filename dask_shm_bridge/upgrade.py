@@ -111,6 +111,7 @@ async def _upgrade_stream(stream: Any, ask: Any) -> bool:
         return bool(getattr(comm, "agreed", False))
     info = await _prepare(comm)
     if info is None:
+        _give_up(comm)
         return False
     answer = None
     try:
@@ -120,10 +121,10 @@ async def _upgrade_stream(stream: Any, ask: Any) -> bool:
                 break
             await asyncio.sleep(0.05 * (attempt + 1))
     except BaseException:
-        comm._end()  # so that it can be tried again
+        _give_up(comm)  # so that it can be tried again
         raise
     if not isinstance(answer, dict) or not comm._agree(info, answer):
-        comm._end()
+        _give_up(comm)
         return False
     await _begin(comm)
     return True
@@ -141,7 +142,7 @@ async def _answer(
         return "no"
     ours = await _prepare(comm)
     if ours is None or not comm._agree(ours, info):
-        comm._end()
+        _give_up(comm)
         return "no"
     await _begin(comm)
     close_idle(scheduler.rpc)
@@ -157,6 +158,12 @@ async def _prepare(comm: Any) -> dict[str, Any] | None:
     await shm.join_pool(comm)
     info: dict[str, Any] = comm.handshake_info()[shm.KEY]
     return info if "connection" in info or "exchange" in info else None
+
+
+def _give_up(comm: Any) -> None:
+    """Leave a comm as one whose handshake found nothing in common."""
+    comm._end()
+    wire.meter(comm.stream)
 
 
 async def _begin(comm: Any) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import socket
+import threading
+import time
 import weakref
 from typing import Any
 
@@ -16,6 +18,7 @@ from distributed.comm import CommClosedError, connect, listen
 from distributed.protocol import Serialize, to_serialize
 
 from dask_shm_bridge import backends, counters, store
+from dask_shm_bridge.errors import LedgerBusyError
 
 MiB = 1024 * 1024
 
@@ -52,6 +55,52 @@ def test_a_write_to_a_broken_connection_keeps_nothing_alive() -> None:
     joined.settle()
     counts = joined.ledger.usage()["counts"]
     assert (counts["extent"], counts["lease"], counts["ticket"]) == (0, 0, 0), counts
+
+
+def test_what_was_sent_is_read_though_its_sender_closed_and_the_ledger_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def talk() -> Any:
+        sent = asyncio.Event()
+        got: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        closed: list[bool] = []
+
+        async def serve(comm: Any) -> None:
+            await sent.wait()
+            joined = store.attached()
+            assert joined is not None
+            receive, stream = joined.receive, comm.stream
+
+            def held(*args: Any) -> Any:
+                if len(closed) >= 3:
+                    return receive(*args)
+                if threading.current_thread() is not threading.main_thread():
+                    time.sleep(0.1)  # a process that is stopped holds the ledger
+                closed.append(stream.closed())
+                raise LedgerBusyError("busy")
+
+            monkeypatch.setattr(joined, "receive", held)
+            try:
+                got.set_result(await comm.read())
+            except BaseException as error:
+                got.set_exception(error)
+            monkeypatch.undo()
+            comm.abort()
+
+        listener = await listen("shm://127.0.0.1:0", serve)
+        comm = await connect(listener.contact_address)
+        await comm.write([to_serialize(np.full(MiB, 7, "u1"))])
+        await comm.close()
+        sent.set()
+        (x,) = await asyncio.wait_for(got, 30)
+        stopping: Any = listener.stop()
+        if stopping is not None:
+            await stopping
+        assert closed[-1]
+        return x
+
+    x = asyncio.run(talk())
+    assert (np.asarray(x) == 7).all()
 
 
 def test_a_connect_that_is_out_of_time_closes_its_socket(

@@ -1029,12 +1029,15 @@ def test_a_loop_that_ends_in_the_middle(exchange: Path, seconds: float) -> None:
 def test_a_comm_that_ends_with_pieces_under_way_keeps_nothing(
     exchange: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    looked: list[asyncio.Event] = []
+
     async def deaf(comm: Any) -> None:
         await comm.read()
-        await asyncio.sleep(0.3)
+        await looked[0].wait()
         comm.abort()
 
     async def talk() -> list[weakref.ref[Any]]:
+        looked.append(asyncio.Event())
         x = numbers(3 * MiB)
         kept = [weakref.ref(x)]
         async with connected(deaf) as comm:
@@ -1043,6 +1046,7 @@ def test_a_comm_that_ends_with_pieces_under_way_keeps_nothing(
             await comm.write([to_serialize(x)])
             await comm.write([to_serialize(x)])
             assert comm._file.pending
+            looked[0].set()
             if how == "cut":
                 comm.stream.socket.shutdown(socket.SHUT_RDWR)
                 with contextlib.suppress(CommClosedError):
@@ -1196,6 +1200,39 @@ def test_what_is_reserved_keeps_the_pool(exchange: Path, pools: Any) -> None:
         assert not joined._reserved
         del view, memory
         assert eventually(lambda: joined.closed)
+
+
+def test_what_is_published_while_its_pool_is_left_keeps_its_lease(
+    exchange: Path, pools: Any, child: Callable[..., Any]
+) -> None:
+    other = child(
+        """
+        from dask_shm_bridge import store
+        joined = store.attach()
+        grant, memory = joined.reserve(4 << 20)
+        memory[:] = 5
+        oldest, views = joined.views.oldest, []
+
+        def publish_meanwhile():
+            found = oldest()
+            views.append(joined.publish(grant))
+            return found
+
+        joined.views.oldest = publish_meanwhile
+        store.detach_all()
+        say()
+        hear()
+        say([bytes(view).count(5) for view in views])
+        """
+    )
+    joined, kept = pools(), []
+    other.hear()
+    while (found := joined.reserve(4 * MiB)) is not None:
+        found[1][:] = 9
+        kept.append(found)
+    assert other.ask() == [4 * MiB]
+    for grant, _ in kept:
+        joined.cede(grant)
 
 
 def test_a_pool_that_is_left_lends_nobody_what_a_thread_may_still_write(

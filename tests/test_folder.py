@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import pytest
 from conftest import WINDOWS, descriptors, eventually, leftovers, posix
 
-from dask_shm_bridge import folder, mapping
+from dask_shm_bridge import folder, fork, mapping, store
 from dask_shm_bridge.errors import (
     LedgerBusyError,
     PoolError,
@@ -1166,6 +1166,43 @@ hear()
 
 
 @posix
+def test_a_fork_beside_another_threads_ends_its_own_guards_alone(monkeypatch):
+    class Guard:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    class Joined:
+        def __init__(self):
+            self.guards = []
+
+        def guard(self):
+            self.guards.append(Guard())
+            return self.guards[-1]
+
+    joined = Joined()
+    monkeypatch.setattr(store, "joined", lambda: [joined])
+    made, go = threading.Event(), threading.Event()
+
+    def other():
+        fork._before()
+        made.set()
+        go.wait(30)
+        fork._after_in_parent()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert made.wait(30)
+    fork._before()
+    fork._after_in_parent()
+    assert [guard.closed for guard in joined.guards] == [False, True]
+    go.set()
+    thread.join()
+    assert [guard.closed for guard in joined.guards] == [True, True]
+    assert not fork._guards and not fork._unguarded
+
+
 def test_a_fork_while_other_threads_are_at_work(settings, child):
     """The child inherits locks that its parent's threads held, and must not wait for them."""
     with attached(settings):

@@ -143,6 +143,27 @@ def test_a_ledger_is_walked_once_after_a_death(settings, pool_folder, child, mon
     living.ask()
 
 
+def test_a_dead_members_file_that_no_ledger_names_is_removed(
+    settings, pool_folder, child, monkeypatch
+):
+    # of a process that was killed while it joined, or after it left the ledger
+    walks = []
+    walk = inspection.walk
+    monkeypatch.setattr(inspection, "walk", lambda *args: walks.append(walk(*args)))
+    living = child(LEAVE)
+    name, _ = living.hear()
+    members = pool_folder / name / "members"
+    (theirs,) = os.listdir(members)
+    (members / "0123456789abcdef").touch(0o600)
+    for _ in range(2):
+        one = folder.attach(settings(), "client")
+        assert one.name == name
+        one.leave()
+        assert walks == [None]
+        assert os.listdir(members) == [theirs]
+    living.ask()
+
+
 @pytest.fixture
 def sound(tmp_path):
     """A ledger's file and its lock: two descriptors, and the size of the file."""
@@ -177,7 +198,7 @@ def test_how_a_walk_may_end(sound, tmp_path, monkeypatch, program, error, text):
     path = tmp_path / "program.py"
     path.write_text(program)
     monkeypatch.setattr(inspection, "_PROGRAM", path)
-    monkeypatch.setattr(inspection, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(inspection, "TIMEOUT_S", 0.5 if "sleep" in program else 60.0)
     with pytest.raises(error, match=text):
         inspection.walk(*sound, 1.0)
 

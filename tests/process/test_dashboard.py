@@ -341,17 +341,18 @@ def test_nobody_is_asked_any_more_once_nobody_looks(monkeypatch: pytest.MonkeyPa
 
     async def watch() -> None:
         assert not look.running
+        while not look.times:
+            look.ask()
+            await asyncio.sleep(0.02)
         look.ask()
-        await asyncio.sleep(0.1)
         assert look.running
-        assert look.times
         while look.running:
             await asyncio.sleep(0.02)
         seen = len(look.times)
         await asyncio.sleep(0.2)
         assert len(look.times) == seen
-        look.ask()
         while len(look.times) < seen + 2:
+            look.ask()
             await asyncio.sleep(0.02)
         assert look.used[seen]["input"] != look.used[seen]["input"]  # NaN: no line across the gap
         scheduler.status.name = "closed"

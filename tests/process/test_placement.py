@@ -18,7 +18,7 @@ from scheduler_plugin import ShmSchedulerPlugin
 from scheduler_plugin.placer import ASKS
 
 from . import gpu_tasks
-from .deployment import Deployment, run
+from .deployment import STOP_TIMEOUT_S, Deployment, run
 
 PRELOAD = ("--preload", "dask_shm_bridge.preload")
 GPU = ("--resources", "GPU=1")
@@ -96,7 +96,7 @@ def states(client: Client, futures: Any) -> list[tuple[str, Any]]:
 
 
 def until(ready: Callable[[], bool], what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     while not ready():
         assert time.monotonic() < deadline, what()
         time.sleep(0.05)

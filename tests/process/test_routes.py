@@ -15,7 +15,7 @@ from distributed import Client, Queue, Variable, as_completed, wait
 from dask_shm_bridge import store
 
 from . import tasks
-from .deployment import Delta, Deployment, MiB, measured, usage
+from .deployment import STOP_TIMEOUT_S, Delta, Deployment, MiB, measured, usage
 
 SIZE = 4 * MiB
 SMALL = 200_000  # what messages without the payload may come to, over all sockets
@@ -449,7 +449,7 @@ def test_one_copy_for_four_workers(client: Client, deployment: Deployment, x: np
     finally:
         for process in extra:
             process.terminate()
-            process.wait(20)
+            process.wait(STOP_TIMEOUT_S)
 
 
 def test_finished_work_pins_nothing(client: Client) -> None:
