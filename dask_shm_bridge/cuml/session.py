@@ -237,7 +237,17 @@ async def fit(
             value = submit(client, "value_of", recipe.gpu, label, pair)
             futures.append(value)
         (result,) = await client.gather([summary], asynchronous=True)
+        await _finished(client, model)
     return model, result, value
+
+
+async def _finished(client: Any, future: Any) -> None:
+    """Wait for a task whose result stays: whoever unpickles its key asks the scheduler for it."""
+    from distributed import wait
+
+    with client.as_current():
+        waiting = wait([future])
+    await waiting
 
 
 async def call(

@@ -256,6 +256,16 @@ def test_a_scheduler_that_has_another_address_elsewhere(client: Client, data: An
     np.testing.assert_array_equal(again.predict(data[0]), model.predict(data[0]))
 
 
+def test_a_model_is_there_once_fit_returns(client: Client, data: Any) -> None:
+    from dask_shm_bridge.cuml.linear_model import Ridge
+
+    for alpha in range(1, 21):
+        model = Ridge(alpha=alpha).fit(*data)
+        future = model._model._future
+        assert future.status == "finished"
+        assert client.who_has(future)[future.key]
+
+
 def test_pickles_keep_nothing_for_a_client_that_was_closed(
     deployment: Any, client: Client, data: Any
 ) -> None:
