@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import pytest
 from conftest import WINDOWS, descriptors, eventually, leftovers, posix
 
-from dask_shm_bridge import folder, fork, mapping, store
+from dask_shm_bridge import folder, mapping, store
 from dask_shm_bridge.errors import (
     LedgerBusyError,
     PoolError,
@@ -1181,7 +1181,7 @@ def test_a_fork_beside_another_threads_ends_its_own_guards_alone(monkeypatch):
             self.guards.append(Guard())
             return self.guards[-1]
 
-    joined = Joined()
+    fork, joined = store.fork, Joined()
     monkeypatch.setattr(store, "joined", lambda: [joined])
     made, go = threading.Event(), threading.Event()
 
