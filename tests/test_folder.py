@@ -1165,7 +1165,6 @@ hear()
         other.ask()
 
 
-@posix
 def test_a_fork_beside_another_threads_ends_its_own_guards_alone(monkeypatch):
     class Guard:
         closed = False
@@ -1203,6 +1202,7 @@ def test_a_fork_beside_another_threads_ends_its_own_guards_alone(monkeypatch):
     assert not fork._guards and not fork._unguarded
 
 
+@posix
 def test_a_fork_while_other_threads_are_at_work(settings, child):
     """The child inherits locks that its parent's threads held, and must not wait for them."""
     with attached(settings):
